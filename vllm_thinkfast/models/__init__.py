@@ -1,0 +1,1 @@
+"""vLLM model classes, read top down: block, model, causal language model."""

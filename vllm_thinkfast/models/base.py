@@ -1,0 +1,176 @@
+"""What both causal language models share: embedding, stack of blocks, head, vLLM's hooks."""
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.models.utils import (
+    PPMissingLayer,
+    make_empty_intermediate_tensors_factory,
+    make_layers,
+    maybe_prefix,
+)
+from vllm.sequence import IntermediateTensors
+
+from vllm_thinkfast import state_cache
+from vllm_thinkfast.models.loading import load_house_tensors
+
+BlockFactory = Callable[[str], nn.Module]
+
+
+class RecurrentModel(nn.Module):
+    """Embedding, blocks, final norm. Blocks map (positions, hidden, residual) to the last two."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        prefix: str,
+        make_block: BlockFactory,
+        final_norm_eps: float,
+    ) -> None:
+        """Builds this pipeline stage's part of the stack."""
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        pp_group = get_pp_group()
+        if pp_group.is_first_rank or (config.tie_word_embeddings and pp_group.is_last_rank):
+            self.embed_tokens = VocabParallelEmbedding(
+                config.vocab_size,
+                config.hidden_size,
+                quant_config=vllm_config.quant_config,
+                prefix=f"{prefix}.embed_tokens",
+            )
+        else:
+            self.embed_tokens = PPMissingLayer()
+        self.start_layer, self.end_layer, self.layers = make_layers(
+            config.num_hidden_layers, make_block, prefix=f"{prefix}.layers"
+        )
+        if pp_group.is_last_rank:
+            self.norm = RMSNorm(config.hidden_size, eps=final_norm_eps)
+        else:
+            self.norm = PPMissingLayer()
+        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
+            ["hidden_states", "residual"], config.hidden_size
+        )
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[T] token ids -> [T, D]."""
+        embedded: torch.Tensor = self.embed_tokens(input_ids)
+        return embedded
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        """[T] packed tokens -> [T, D], or what the next pipeline stage needs."""
+        residual: torch.Tensor | None
+        if get_pp_group().is_first_rank:
+            if inputs_embeds is not None:
+                hidden_states = inputs_embeds
+            else:
+                assert input_ids is not None
+                hidden_states = self.embed_input_ids(input_ids)
+            residual = None
+        else:
+            assert intermediate_tensors is not None
+            hidden_states = intermediate_tensors["hidden_states"]
+            residual = intermediate_tensors["residual"]
+        for layer in islice(self.layers, self.start_layer, self.end_layer):
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        if not get_pp_group().is_last_rank:
+            return IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
+        hidden_states, _ = self.norm(hidden_states, residual)
+        return hidden_states
+
+
+class RecurrentForCausalLM(nn.Module):
+    """Head, logits, weights and the state hooks that vLLM calls on the class."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        """vLLM's constructor signature."""
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        self.config = config
+        self.source = vllm_config.model_config.model
+        self.is_quantised = vllm_config.quant_config is not None
+        self.model = self.make_model(vllm_config, maybe_prefix(prefix, "model"))
+        if get_pp_group().is_last_rank:
+            self.lm_head = ParallelLMHead(
+                config.vocab_size,
+                config.hidden_size,
+                bias=getattr(config, "lm_head_bias", False),
+                quant_config=vllm_config.quant_config,
+                prefix=maybe_prefix(prefix, "lm_head"),
+            )
+            if config.tie_word_embeddings:
+                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        else:
+            self.lm_head = PPMissingLayer()
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+
+    def make_model(self, vllm_config: VllmConfig, prefix: str) -> Any:
+        """The stack of blocks."""
+        raise NotImplementedError
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[T] token ids -> [T, D]."""
+        embedded: torch.Tensor = self.model.embed_input_ids(input_ids)
+        return embedded
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | IntermediateTensors:
+        """[T] packed tokens -> [T, D]; vLLM may pass further arguments that are not for us."""
+        hidden: torch.Tensor | IntermediateTensors = self.model(
+            input_ids, positions, intermediate_tensors, inputs_embeds
+        )
+        return hidden
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """[S, D] -> [S, V]."""
+        bias = getattr(self.lm_head, "bias", None)
+        logits: torch.Tensor | None = self.logits_processor(self.lm_head, hidden_states, bias)
+        return logits
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Fills the parameters, strictly; returns the names of those that were filled."""
+        return load_house_tensors(
+            self, self.config, weights, source=self.source, is_quantised=self.is_quantised
+        )
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> state_cache.StateShapes:
+        """vLLM's hook: shapes before any layer exists."""
+        return state_cache.state_shapes(
+            vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
+        )
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(
+        cls, vllm_config: VllmConfig
+    ) -> tuple[torch.dtype, torch.dtype]:
+        """vLLM's hook: dtypes before any layer exists."""
+        return state_cache.state_dtypes(vllm_config)
+
+    @classmethod
+    def get_mamba_state_copy_func(cls) -> Any:
+        """vLLM's hook: how states are copied between cache blocks."""
+        return state_cache.state_copy_funcs()

@@ -1,0 +1,83 @@
+"""From the house's tensors to vLLM's parameters: fused projections and pipeline stages."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.utils import is_pp_missing_parameter
+
+from vllm_thinkfast.checkpoints.reader import Config, house_tensors
+
+# (part of the house's name, vLLM's fused parameter, shard)
+_FUSED: tuple[tuple[str, str, str | int], ...] = (
+    (".self_attn.q_proj.", ".self_attn.qkv_proj.", "q"),
+    (".self_attn.k_proj.", ".self_attn.qkv_proj.", "k"),
+    (".self_attn.v_proj.", ".self_attn.qkv_proj.", "v"),
+    (".mlp.gate_proj.", ".mlp.gate_up_proj.", 0),
+    (".mlp.up_proj.", ".mlp.gate_up_proj.", 1),
+)
+
+
+def load_house_tensors(
+    model: nn.Module,
+    config: Config,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    *,
+    source: str,
+    is_quantised: bool,
+) -> set[str]:
+    """Fills a model from the tensors of a folder.
+
+    Args:
+        model: a ForCausalLM of this package.
+        config: its configuration.
+        weights: (published name, tensor).
+        source: the folder, for messages.
+        is_quantised: see ``checkpoints.reader.house_tensors``.
+
+    Returns:
+        names of the parameters that were filled.
+
+    Raises:
+        CheckpointError: the tensors do not match the configuration.
+    """
+    params = dict(model.named_parameters())
+    loaded: set[str] = set()
+    for name, tensor in house_tensors(config, weights, source=source, is_quantised=is_quantised):
+        for target, shard, part in _targets(config, name, tensor):
+            if target not in params:
+                if is_pp_missing_parameter(target, model):
+                    continue
+                raise ValueError(
+                    f"{source}: {name} has no parameter {target} in this model; a checkpoint "
+                    "quantised with an unsupported method, or of another architecture."
+                )
+            param = params[target]
+            loader = getattr(param, "weight_loader", default_weight_loader)
+            if shard is None:
+                loader(param, part)
+            else:
+                loader(param, part, shard)
+            loaded.add(target)
+    return loaded
+
+
+def _targets(
+    config: Config, name: str, tensor: torch.Tensor
+) -> Iterable[tuple[str, str | int | None, torch.Tensor]]:
+    """(vLLM parameter, shard, tensor) for a house tensor."""
+    for part, fused, shard in _FUSED:
+        if part in name:
+            yield name.replace(part, fused), shard, tensor
+            return
+    if name.endswith(".A_log"):
+        # vLLM's convention: the parameter is A = -exp(A_log), computed when loading.
+        yield name.removesuffix("A_log") + "A", None, tensor
+    elif name.endswith(".mamba.in_proj.weight") and getattr(config, "mamba_version", "") == "mamba1":
+        # Rows [z | x | B | C] are split over ranks, the dt rows are needed whole on each.
+        rank = config.time_step_rank  # type: ignore[union-attr]
+        yield name, None, tensor[:-rank]
+        yield name.replace(".in_proj.", ".dt_in_proj."), None, tensor[-rank:]
+    else:
+        yield name, None, tensor

@@ -1,0 +1,37 @@
+"""Turning packed sequences into padded blocks, so that no loop runs over sequences or tokens."""
+
+from collections.abc import Iterator
+
+import torch
+
+
+def padded_blocks(
+    cu_seqlens: torch.Tensor, block: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Cuts packed sequences into blocks of tokens, all sequences side by side.
+
+    Sequences are taken longest first, so that those which still have tokens are a prefix.
+
+    Args:
+        cu_seqlens: [S + 1], integer offsets; a sequence may be empty.
+        block: tokens per block.
+
+    Yields:
+        (rows, tokens, is_real): indices [A] of the sequences that still have tokens, token indices
+        [A, block] (padding repeats a valid token), and a mask [A, block]. Work is proportional to
+        the tokens plus at most one block of padding per sequence.
+    """
+    starts = cu_seqlens[:-1].long()
+    lengths = cu_seqlens[1:].long() - starts
+    order = torch.argsort(lengths, descending=True, stable=True)
+    starts, lengths = starts[order], lengths[order]
+    longest = int(lengths[0]) if len(lengths) else 0
+    # The last block of a batch of short sequences need not be full width.
+    width = max(1, min(block, longest))
+    offsets = torch.arange(width, device=cu_seqlens.device)
+    for begin in range(0, longest, width):
+        active = int((lengths > begin).sum())
+        position = begin + offsets
+        is_real = position[None, :] < lengths[:active, None]
+        clamped = torch.minimum(position[None, :], lengths[:active, None] - 1)
+        yield order[:active], starts[:active, None] + clamped, is_real

@@ -1,0 +1,71 @@
+"""Entry point of the vLLM plugin (group ``vllm.general_plugins``, name ``thinkfast``).
+
+vLLM calls ``register`` in every process, some of them several times, before it knows which model it
+will serve. So everything here is a table of strings: nothing heavy is imported, and a second call
+changes nothing. An exception raised here stops vLLM, which is wanted: a plugin that failed to
+register would show up as "architecture not supported" much later.
+"""
+
+import logging
+
+logger = logging.getLogger(__name__)
+
+ARCHITECTURES: tuple[tuple[str, str], ...] = (
+    ("LlambaForCausalLM", "vllm_thinkfast.models.llamba:LlambaForCausalLM"),
+    ("MambaInLlamaForCausalLM", "vllm_thinkfast.models.mamba_in_llama:MambaInLlamaForCausalLM"),
+    # Names that published folders carry.
+    ("LlambaLMHeadModel", "vllm_thinkfast.models.llamba:LlambaForCausalLM"),
+)
+"""(architecture in config.json, "module:Class")."""
+
+ATTENTION_FREE = ("LlambaForCausalLM", "LlambaLMHeadModel")
+
+_registered = False
+
+
+def register() -> None:
+    """Registers config classes, the config parser and the models with transformers and vLLM.
+
+    Raises:
+        RuntimeError: vLLM is older than the supported range.
+    """
+    global _registered
+    if _registered:
+        return
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+
+    from vllm_thinkfast import compat
+    from vllm_thinkfast.configs import LlambaConfig, MambaInLlamaConfig
+
+    _check_version()
+    for config_class in (LlambaConfig, MambaInLlamaConfig):
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    compat.register_config_parser()
+    compat.register_mamba_defaults(ATTENTION_FREE)
+    for architecture, target in ARCHITECTURES:
+        ModelRegistry.register_model(architecture, target)
+    _registered = True
+
+
+def _check_version() -> None:
+    from vllm_thinkfast import compat
+
+    distribution = compat.vllm_distribution()
+    if distribution is None:  # a source build without metadata: nothing to compare
+        return
+    name, version = distribution
+    oldest, newest = compat.SUPPORTED_VLLM
+    if compat.is_too_old(version):
+        raise RuntimeError(
+            f"vllm-thinkfast needs vLLM {oldest} or newer, found {name} {version}; "
+            f'install one with: pip install "{name}>={oldest}"'
+        )
+    if compat.is_newer_than_tested(version):
+        logger.warning(
+            "vllm-thinkfast was tested with vLLM %s to %s; %s %s is newer.",
+            oldest,
+            newest,
+            name,
+            version,
+        )
