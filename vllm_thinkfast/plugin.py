@@ -27,7 +27,7 @@ def register() -> None:
     """Registers config classes, the config parser and the models with transformers and vLLM.
 
     Raises:
-        RuntimeError: vLLM is older than the supported range.
+        RuntimeError: vLLM is older than the accepted range.
     """
     global _registered
     if _registered:
@@ -43,6 +43,7 @@ def register() -> None:
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     compat.register_config_parser()
     compat.register_mamba_defaults(ATTENTION_FREE)
+    compat.register_token_id_check(tuple(name for name, _ in ARCHITECTURES))
     for architecture, target in ARCHITECTURES:
         ModelRegistry.register_model(architecture, target)
     _registered = True
@@ -55,17 +56,15 @@ def _check_version() -> None:
     if distribution is None:  # a source build without metadata: nothing to compare
         return
     name, version = distribution
-    oldest, newest = compat.SUPPORTED_VLLM
     if compat.is_too_old(version):
         raise RuntimeError(
-            f"vllm-thinkfast needs vLLM {oldest} or newer, found {name} {version}; "
-            f'install one with: pip install "{name}>={oldest}"'
+            f"vllm-thinkfast needs vLLM {compat.OLDEST_VLLM} or newer, found {name} {version}; "
+            f'install one with: pip install "{name}>={compat.OLDEST_VLLM}"'
         )
     if compat.is_newer_than_tested(version):
         logger.warning(
-            "vllm-thinkfast was tested with vLLM %s to %s; %s %s is newer.",
-            oldest,
-            newest,
+            "vllm-thinkfast was tested with vLLM %s; %s %s is newer.",
+            ", ".join(compat.TESTED_VLLM),
             name,
             version,
         )

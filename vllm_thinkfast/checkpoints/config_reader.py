@@ -37,9 +37,11 @@ def read_config(folder: Path) -> Config:
     config = read_json(folder / "config.json")
     model_type = config.get("model_type")
     if model_type == LlambaConfig.model_type:
-        return LlambaConfig.from_dict(config)
+        llamba: LlambaConfig = LlambaConfig.from_dict(config)
+        return llamba
     if model_type == MambaInLlamaConfig.model_type:
-        return MambaInLlamaConfig.from_dict(config)
+        hybrid: MambaInLlamaConfig = MambaInLlamaConfig.from_dict(config)
+        return hybrid
     if (folder / MAMBA_CONFIG).is_file():
         mamba_config = read_json(folder / MAMBA_CONFIG)
         return merge_published(config, mamba_config, tensor_names(folder), str(folder))

@@ -1,8 +1,9 @@
 """Key map of Llamba folders.
 
 Published names: cartesia-ai/edge ``cartesia_pytorch/Llamba/llamba.py`` (``backbone.*``). The same
-tensors under ``model.*`` (``model.embedding``, ``model.final_layernorm``) are read too. There is no A_log, dt_bias or gated norm: files that hold them are of another
-architecture and are refused as surplus.
+tensors under ``model.*`` (``model.embedding``, ``model.final_layernorm``) are read too. There is no
+A_log, dt_bias or gated norm: files that hold them are of another architecture and are refused as
+surplus.
 """
 
 from vllm_thinkfast.checkpoints.key_map import Rule, Shape, rename
@@ -48,8 +49,8 @@ def canonical_name(name: str) -> str:
     """The published ``backbone.*`` name of a tensor in any of the layouts that were seen.
 
     Args:
-        name: ``backbone.*``, ``model.*`` (with ``embedding`` or ``embed_tokens``, ``final_layernorm``
-            or ``norm``), or a head inside or outside the backbone.
+        name: ``backbone.*``, ``model.*`` (with ``embedding`` or ``embed_tokens`` and
+            ``final_layernorm`` or ``norm``), or a head inside or outside the backbone.
     """
     prefix, _, tail = name.partition(".")
     if prefix not in ("backbone", "model"):

@@ -44,7 +44,7 @@ def check_positive_number(owner: str, **fields: Any) -> None:
 
 
 def check_divides(owner: str, **named: tuple[int, str, int]) -> None:
-    """Raises ValueError unless ``divisor`` divides ``value`` in each ``field=(value, name, divisor)``."""
+    """Raises ValueError unless each ``field=(value, name, divisor)`` has a divisor that fits."""
     for field, (value, divisor_name, divisor) in named.items():
         if divisor < 1 or value % divisor:
             raise ValueError(

@@ -1,8 +1,9 @@
 """Llamba: a Llama whose attention is replaced by discrete Mamba-2 mixers.
 
-Source of the published fields: cartesia-ai/edge, ``cartesia_pytorch/Llamba/configuration_llamba.py``
-(paper: arXiv 2502.14458). Differences that are easy to miss: the norms of the blocks have eps 1e-5
-whatever ``norm_epsilon`` says, and the constructor pads the vocabulary.
+Source of the published fields: cartesia-ai/edge
+``cartesia_pytorch/Llamba/configuration_llamba.py`` (paper: arXiv 2502.14458). Easy to miss: the
+norms of the blocks have eps 1e-5 whatever ``norm_epsilon`` says, and the constructor pads the
+vocabulary.
 """
 
 from collections.abc import Mapping

@@ -33,9 +33,7 @@ class DiscreteMamba2Mixer(RecurrentMixer):
             quant_config=quant_config,
             prefix=f"{prefix}.in_proj",
         )
-        self.conv1d = ShortConv(
-            (width, bc, bc), config.conv_kernel, has_bias=config.use_conv_bias
-        )
+        self.conv1d = ShortConv((width, bc, bc), config.conv_kernel, has_bias=config.use_conv_bias)
         self.z_bias = None if config.use_bias else sharded_parameter((width,))
         self.D = sharded_parameter((config.num_heads,), dtype=torch.float32)
         self.out_proj = RowParallelLinear(
@@ -63,7 +61,9 @@ class DiscreteMamba2Mixer(RecurrentMixer):
         out: torch.Tensor = output
         return out
 
-    def mix(self, projected: torch.Tensor, dt: torch.Tensor, conv: Conv, scan: Scan) -> torch.Tensor:
+    def mix(
+        self, projected: torch.Tensor, dt: torch.Tensor, conv: Conv, scan: Scan
+    ) -> torch.Tensor:
         """See the base class. ``dt`` holds the logits that the published code calls A_log."""
         x, B, C = conv(projected).split([self.width, self.bc, self.bc], dim=-1)
         # log sigmoid(-a); the published form divides x by softplus(a), which overflows.

@@ -41,12 +41,12 @@ class _MambaInLlamaMixer(RecurrentMixer):
         """[T, G N] -> [T, H N]: each group of N channels H / G times in a row."""
         if self.repeats == 1:
             return t
-        groups = t.unflatten(-1, (-1, self.ssm_state_size))
-        return groups.repeat_interleave(self.repeats, dim=-2).flatten(-2)
+        return self._heads(t).repeat_interleave(self.repeats, dim=-2).flatten(-2)
 
     def _heads(self, t: torch.Tensor) -> torch.Tensor:
         """[T, ? N] -> [T, ?, N]."""
-        return t.unflatten(-1, (-1, self.ssm_state_size))
+        heads: torch.Tensor = t.unflatten(-1, (-1, self.ssm_state_size))
+        return heads
 
 
 class Mamba1Mixer(_MambaInLlamaMixer):
@@ -111,7 +111,9 @@ class Mamba1Mixer(_MambaInLlamaMixer):
         out: torch.Tensor = output
         return out
 
-    def mix(self, projected: torch.Tensor, dt: torch.Tensor, conv: Conv, scan: Scan) -> torch.Tensor:
+    def mix(
+        self, projected: torch.Tensor, dt: torch.Tensor, conv: Conv, scan: Scan
+    ) -> torch.Tensor:
         """See the base class. ``dt`` already holds the bias once."""
         x, B, C = projected.split([self.xb, self.xb, self.width], dim=-1)
         if self.x_bias is not None:
@@ -165,15 +167,15 @@ class Mamba2Mixer(_MambaInLlamaMixer):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Applies the mixer to [T, D]."""
         projected, _ = self.in_proj(hidden_states)
-        z, xBC, dt = projected.split(
-            [self.width, 2 * self.xb + self.width, self.num_heads], dim=-1
-        )
+        z, xBC, dt = projected.split([self.width, 2 * self.xb + self.width, self.num_heads], dim=-1)
         y = self.mixer_op(xBC, dt, self.width)
         output, _ = self.out_proj(self._gated_norm(y, z))
         out: torch.Tensor = output
         return out
 
-    def mix(self, projected: torch.Tensor, dt: torch.Tensor, conv: Conv, scan: Scan) -> torch.Tensor:
+    def mix(
+        self, projected: torch.Tensor, dt: torch.Tensor, conv: Conv, scan: Scan
+    ) -> torch.Tensor:
         """See the base class."""
         if self.repeat_kv_before_conv:
             x, B, C = projected.split([self.xb, self.xb, self.width], dim=-1)

@@ -30,7 +30,7 @@ Conv = Callable[[torch.Tensor], torch.Tensor]
 Scan = Callable[..., torch.Tensor]
 
 
-class RecurrentMixer(MambaBase, nn.Module):  # type: ignore[misc]  # vLLM is untyped here
+class RecurrentMixer(MambaBase, nn.Module):
     """Base of the mixers. A subclass supplies ``scan_operator`` and ``mix``."""
 
     scan_operator: str
@@ -47,8 +47,8 @@ class RecurrentMixer(MambaBase, nn.Module):  # type: ignore[misc]  # vLLM is unt
         super().__init__()
         if vllm_config.num_speculative_tokens:
             raise ValueError(
-                "speculative decoding is not supported with Llamba and MambaInLlama yet: a rejected "
-                "draft token cannot be taken back from the state; remove --speculative-config."
+                "speculative decoding is not supported with these models yet: a rejected draft "
+                "token cannot be taken back from the state; remove --speculative-config."
             )
         if getattr(vllm_config.cache_config, "use_replayssm", False):
             raise ValueError(
@@ -83,7 +83,9 @@ class RecurrentMixer(MambaBase, nn.Module):  # type: ignore[misc]  # vLLM is unt
         """Which batch metadata vLLM prepares: the form common to all state models."""
         return MambaAttentionBackendEnum.MAMBA1
 
-    def mix(self, projected: torch.Tensor, dt: torch.Tensor, conv: Conv, scan: Scan) -> torch.Tensor:
+    def mix(
+        self, projected: torch.Tensor, dt: torch.Tensor, conv: Conv, scan: Scan
+    ) -> torch.Tensor:
         """The mathematics between the projections, for prefill and decode alike.
 
         Args:

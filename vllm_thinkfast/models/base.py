@@ -174,3 +174,13 @@ class RecurrentForCausalLM(nn.Module):
     def get_mamba_state_copy_func(cls) -> Any:
         """vLLM's hook: how states are copied between cache blocks."""
         return state_cache.state_copy_funcs()
+
+    @classmethod
+    def get_mamba_state_copy_funcs(cls, mamba_types: set[Any]) -> dict[Any, Any]:
+        """vLLM's hook of later releases: the same per kind of layer.
+
+        It comes with the interface ``SupportsMambaPrefixCaching``, which we do not claim: in
+        vLLM 0.25 it promises that kernels write states at every block border (cache mode "all").
+        Mode "align" needs only the copy functions.
+        """
+        return {mamba_type: cls.get_mamba_state_copy_func() for mamba_type in mamba_types}

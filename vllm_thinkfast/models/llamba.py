@@ -13,7 +13,6 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models.interfaces import (
     HasInnerState,
     IsAttentionFree,
-    SupportsMambaPrefixCaching,
     SupportsPP,
 )
 from vllm.model_executor.models.llama import LlamaMLP
@@ -74,9 +73,7 @@ class LlambaModel(RecurrentModel):
         )
 
 
-class LlambaForCausalLM(
-    RecurrentForCausalLM, HasInnerState, IsAttentionFree, SupportsPP, SupportsMambaPrefixCaching
-):
+class LlambaForCausalLM(RecurrentForCausalLM, HasInnerState, IsAttentionFree, SupportsPP):
     """Llamba with its language model head."""
 
     def make_model(self, vllm_config: VllmConfig, prefix: str) -> Any:

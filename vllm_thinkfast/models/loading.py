@@ -74,9 +74,11 @@ def _targets(
     if name.endswith(".A_log"):
         # vLLM's convention: the parameter is A = -exp(A_log), computed when loading.
         yield name.removesuffix("A_log") + "A", None, tensor
-    elif name.endswith(".mamba.in_proj.weight") and getattr(config, "mamba_version", "") == "mamba1":
+    elif (
+        name.endswith(".mamba.in_proj.weight") and getattr(config, "mamba_version", "") == "mamba1"
+    ):
         # Rows [z | x | B | C] are split over ranks, the dt rows are needed whole on each.
-        rank = config.time_step_rank  # type: ignore[union-attr]
+        rank = config.time_step_rank
         yield name, None, tensor[:-rank]
         yield name.replace(".in_proj.", ".dt_in_proj."), None, tensor[-rank:]
     else:

@@ -15,7 +15,6 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models.interfaces import (
     HasInnerState,
     IsHybrid,
-    SupportsMambaPrefixCaching,
     SupportsPP,
 )
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaMLP
@@ -77,15 +76,14 @@ class MambaInLlamaModel(RecurrentModel):
 
         def make_block(prefix: str) -> nn.Module:
             if extract_layer_index(prefix) in kept:
-                return LlamaDecoderLayer(vllm_config, prefix)
+                layer: nn.Module = LlamaDecoderLayer(vllm_config, prefix)
+                return layer
             return MambaInLlamaBlock(vllm_config, prefix)
 
         super().__init__(vllm_config, prefix, make_block, config.rms_norm_eps)
 
 
-class MambaInLlamaForCausalLM(
-    RecurrentForCausalLM, HasInnerState, IsHybrid, SupportsPP, SupportsMambaPrefixCaching
-):
+class MambaInLlamaForCausalLM(RecurrentForCausalLM, HasInnerState, IsHybrid, SupportsPP):
     """MambaInLlama with its language model head."""
 
     def make_model(self, vllm_config: VllmConfig, prefix: str) -> Any:

@@ -5,7 +5,7 @@ Per channel, with taps w_0 .. w_{K-1} (w_{K-1} multiplies the current token) and
     y_t = act(bias + sum_k w_k u_{t-K+1+k})
 
 Inputs before the start of a sequence come from its cached state, the last K - 1 raw inputs, or are
-zero. vLLM caches K - 1 inputs; the published Llamba code keeps K, of which the oldest is never used.
+zero. vLLM caches K - 1 inputs; the published Llamba code keeps K and never uses the oldest.
 
 Shapes: T packed tokens, S sequences, C channels, K conv_kernel.
 """
@@ -46,7 +46,9 @@ def prefill(
     y = torch.zeros_like(u)
     starts, slots = cu_seqlens.tolist(), state_indices.tolist()
     for s, slot in enumerate(slots):
-        tail = state[slot].float() if has_initial_state[s] else torch.zeros_like(state[slot]).float()
+        tail = (
+            state[slot].float() if has_initial_state[s] else torch.zeros_like(state[slot]).float()
+        )
         for t in range(starts[s], starts[s + 1]):
             window = torch.cat([tail, u[t : t + 1].float()])  # [K, C]
             y[t] = _window_sum(window[None], weight, bias, activation)[0].to(u.dtype)

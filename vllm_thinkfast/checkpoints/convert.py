@@ -1,0 +1,203 @@
+"""``thinkfast convert``: one modern Hugging Face folder from any published one.
+
+The result holds everything in one ``config.json`` (architecture of this plugin), safetensors under
+the house's names, and the tokenizer and generation files as they were. Serving it needs neither
+mamba_config.json nor any detection. It is written beside the destination and renamed at the end, so
+a killed run leaves nothing that looks finished.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from vllm_thinkfast import __version__
+from vllm_thinkfast.checkpoints.config_reader import MAMBA_CONFIG, read_config
+from vllm_thinkfast.checkpoints.folder import read_folder, read_json, weight_files
+from vllm_thinkfast.checkpoints.key_map import CheckpointError
+from vllm_thinkfast.checkpoints.reader import house_tensors
+from vllm_thinkfast.configs import LlambaConfig
+
+RECORD = "thinkfast_convert.json"
+MAX_SHARD_BYTES = 5 * 10**9
+
+_ARCHITECTURES = {True: "LlambaForCausalLM", False: "MambaInLlamaForCausalLM"}
+_LEFT_BEHIND_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
+_LEFT_BEHIND = ("config.json", MAMBA_CONFIG, RECORD)
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion did."""
+
+    destination: Path
+    weight_layout: str
+    """How the source's tensors were named."""
+    num_tensors: int
+    num_bytes: int
+    was_done_before: bool
+    """The destination already held this conversion; nothing was written."""
+
+
+def convert_checkpoint(
+    src: Path,
+    dst: Path,
+    *,
+    tokenizer: str | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> ConvertReport:
+    """Converts a published folder.
+
+    Args:
+        src: a Llamba, MambaInLlama or M1 folder, or an already converted one.
+        dst: where to write; created. Converting the same source again changes nothing.
+        tokenizer: folder or hub name to take the tokenizer from. Published Llamba folders have
+            none; without it the result has what the source has.
+        overwrite: replace a destination that holds something else.
+        max_shard_bytes: a weight file is closed when the next tensor would exceed this.
+
+    Returns:
+        what was done.
+
+    Raises:
+        CheckpointError: the source is not of a known format, or its weights do not match its
+            configuration, or the destination is in the way. The destination is unchanged then.
+    """
+    src, dst = src.resolve(), dst.resolve()
+    config = read_config(src)
+    files = weight_files(src)
+    if not files:
+        raise CheckpointError(
+            f"{src}: no weights; expected *.safetensors or pytorch_model.bin beside config.json."
+        )
+    if dst == src or src in dst.parents:
+        raise CheckpointError(f"{dst}: the destination must lie outside of the source {src}.")
+    layout = config.weight_layout
+    fingerprint = _fingerprint(src, files, tokenizer)
+    if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
+        record = _record_of(dst)
+        if record.get("source_fingerprint") == fingerprint and not overwrite:
+            return ConvertReport(
+                dst, layout, record["num_tensors"], record["num_bytes"], was_done_before=True
+            )
+        if not overwrite:
+            raise CheckpointError(
+                f"{dst}: exists and is not this conversion; remove it, choose another folder, or "
+                "pass --overwrite."
+            )
+    partial = dst.with_name(f".{dst.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        tensors = house_tensors(config, read_folder(src), source=str(src))
+        num_tensors, num_bytes, dtype = _write_shards(tensors, partial, max_shard_bytes)
+        config.weight_layout = "thinkfast"
+        config.architectures = [_ARCHITECTURES[isinstance(config, LlambaConfig)]]
+        config.dtype = dtype
+        config.save_pretrained(partial)
+        _copy_other_files(src, partial)
+        if tokenizer is not None:
+            _save_tokenizer(tokenizer, partial)
+        record = {
+            "source_fingerprint": fingerprint,
+            "source_layout": layout,
+            "num_tensors": num_tensors,
+            "num_bytes": num_bytes,
+            "vllm_thinkfast": __version__,
+        }
+        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if dst.exists():
+            shutil.rmtree(dst)
+        os.replace(partial, dst)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return ConvertReport(dst, layout, num_tensors, num_bytes, was_done_before=False)
+
+
+def _write_shards(
+    tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, max_shard_bytes: int
+) -> tuple[int, int, torch.dtype]:
+    """Writes tensors as they come; returns (tensors, bytes, dtype of most of the bytes)."""
+    shard: dict[str, torch.Tensor] = {}
+    shard_bytes = 0
+    names_by_shard: list[list[str]] = []
+    bytes_by_dtype: dict[torch.dtype, int] = {}
+
+    def close_shard() -> None:
+        nonlocal shard, shard_bytes
+        save_file(shard, folder / f"shard-{len(names_by_shard)}", metadata={"format": "pt"})
+        names_by_shard.append(list(shard))
+        shard, shard_bytes = {}, 0
+
+    for name, tensor in tensors:
+        num_bytes = tensor.numel() * tensor.element_size()
+        if shard and shard_bytes + num_bytes > max_shard_bytes:
+            close_shard()
+        # Parts of a fused tensor are views into it; safetensors wants tensors of their own.
+        shard[name] = tensor.clone(memory_format=torch.contiguous_format)
+        shard_bytes += num_bytes
+        bytes_by_dtype[tensor.dtype] = bytes_by_dtype.get(tensor.dtype, 0) + num_bytes
+    close_shard()
+    total = sum(bytes_by_dtype.values())
+    num_shards = len(names_by_shard)
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(names_by_shard):
+        file = "model.safetensors"
+        if num_shards > 1:
+            file = f"model-{i + 1:05d}-of-{num_shards:05d}.safetensors"
+        os.replace(folder / f"shard-{i}", folder / file)
+        weight_map.update(dict.fromkeys(names, file))
+    if num_shards > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2) + "\n", encoding="utf-8"
+        )
+    return len(weight_map), total, max(bytes_by_dtype, key=lambda d: bytes_by_dtype[d])
+
+
+def _copy_other_files(src: Path, dst: Path) -> None:
+    """Tokenizer, chat template, generation config, licence: everything but weights and configs."""
+    for file in sorted(src.iterdir()):
+        is_left_behind = file.name in _LEFT_BEHIND or file.name.endswith(_LEFT_BEHIND_SUFFIXES)
+        if file.is_file() and not is_left_behind and not file.name.startswith("."):
+            shutil.copy2(file, dst / file.name)
+
+
+def _save_tokenizer(tokenizer: str, dst: Path) -> None:
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(dst)
+    except (OSError, ValueError) as error:
+        first_line = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"--tokenizer {tokenizer}: cannot be loaded: {first_line}; give a folder with "
+            "tokenizer files or a hub name you have access to."
+        ) from error
+
+
+def _fingerprint(src: Path, files: list[Path], tokenizer: str | None) -> str:
+    """Changes when the source changes: config contents, names, sizes and times of the weights."""
+    digest = hashlib.sha256(f"{tokenizer}\n".encode())
+    for name in ("config.json", MAMBA_CONFIG):
+        if (src / name).is_file():
+            digest.update((src / name).read_bytes())
+    for file in files:
+        stat = file.stat()
+        digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _record_of(dst: Path) -> dict[str, Any]:
+    if not (dst / RECORD).is_file():
+        return {}
+    return read_json(dst / RECORD)
