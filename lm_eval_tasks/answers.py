@@ -1,0 +1,249 @@
+r"""Find the final answer in a sampled text, and decide whether it equals the gold answer.
+
+Extraction (version 1; the task version counts it) takes the first rule that finds something:
+
+1. ``boxed``: the content of the last balanced ``\boxed{...}`` (or ``\fbox``);
+2. ``hash``: the number after the last GSM8K-style ``#### ``;
+3. ``phrase``: what follows the last "answer is", "answer:" or "answer =" on its line;
+4. ``number``: the last number in the text.
+
+Equality: equal strings after light normalisation, else exact rational numbers, else math-verify in
+a worker process (`lm_eval_tasks.workers`). The gold answer always comes first, since math-verify's
+comparison is not symmetric. Model text is never evaluated: math-verify's reader for plain
+expressions (sympy's ``parse_expr``, which is ``eval``) is not used. What differs from math-verify
+alone: rational numbers are compared exactly, so 0.333333 is not 1/3.
+"""
+
+import re
+import threading
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Literal, NamedTuple
+
+from lm_eval_tasks.workers import WorkerPool
+
+Source = Literal["boxed", "hash", "phrase", "number"]
+
+#: Characters at the end of a text that are searched; an answer further up is not a final answer.
+MAX_TEXT_CHARS = 65_536
+#: Longer answers are only compared as strings; the longest MATH-500 gold has 92 characters.
+MAX_ANSWER_CHARS = 512
+_MAX_CACHED_VERDICTS = 200_000
+
+
+class Extracted(NamedTuple):
+    """An answer and the rule that found it; both None when the text has no answer."""
+
+    answer: str | None
+    source: Source | None
+
+
+# A backslash with the character after it is one token, so that the \{ and \} of a set do not count.
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_NUMBER = r"[-+]?(?:\$\s*)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|[-+]?(?:\$\s*)?\.\d+"
+_LAST_NUMBER = re.compile(rf"(?<![\w.])(?:{_NUMBER})(?:\s*/\s*\d+)?")
+_HASH = re.compile(rf"####[ \t]*((?:{_NUMBER})(?:/\d+)?)[ \t]*%?\.?[ \t]*$", re.MULTILINE)
+_PHRASE = re.compile(r"\banswer\s*(?:is\b|are\b|=|:)[ \t]*:?[ \t]*", re.IGNORECASE)
+_MATH_SEGMENT = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]")
+_LEADING_NUMBER = re.compile(
+    rf"((?:{_NUMBER})(?:/\d+)?%?)(?=[.,;:!?]?$|[.,;:!?]?\s+(?!(?:and|or)\b)[A-Za-z(])"
+)
+_SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
+
+
+def extract_answer(text: str) -> Extracted:
+    """Return the final answer of a sampled text, by the rules in this module's docstring.
+
+    The time is linear in the text, of which at most the last `MAX_TEXT_CHARS` characters count.
+    """
+    tail = text[-MAX_TEXT_CHARS:]
+    boxed = _last_boxed(tail)
+    if boxed:
+        return Extracted(boxed, "boxed")
+    for match in reversed(list(_HASH.finditer(tail))):
+        return Extracted(match[1], "hash")
+    phrase = _last_phrase(tail)
+    if phrase:
+        return Extracted(phrase, "phrase")
+    for match in reversed(list(_LAST_NUMBER.finditer(tail))):
+        return Extracted(match[0], "number")
+    return Extracted(None, None)
+
+
+def _last_boxed(text: str) -> str | None:
+    r"""Return the content of the balanced ``\boxed{}`` that opens last, in one pass."""
+    open_braces: list[int | None] = []  # where a box's content starts, None for a plain brace
+    last: tuple[int, int] | None = None
+    for match in _BRACES.finditer(text):
+        token = match[0]
+        if token == "{":
+            open_braces.append(None)
+        elif token == "}":
+            start = open_braces.pop() if open_braces else None
+            if start is not None and (last is None or start > last[0]):
+                last = (start, match.start())
+        elif token.endswith("{") and len(token) > 2:
+            open_braces.append(match.end())
+    return text[slice(*last)].strip() if last is not None else None
+
+
+def _last_phrase(text: str) -> str | None:
+    """Return what follows the last "answer is" on its line, reduced to its leading value."""
+    matches = list(_PHRASE.finditer(text))
+    if not matches:
+        return None
+    rest = text[matches[-1].end() :].lstrip("\n*_ ")
+    line = rest.split("\n", 1)[0][:MAX_ANSWER_CHARS].strip().strip("*_ ")
+    number = _LEADING_NUMBER.match(line)
+    if number:
+        return number[1]
+    segment = _MATH_SEGMENT.match(line)
+    if segment:
+        return next(group for group in segment.groups() if group is not None).strip() or None
+    end = _SENTENCE_END.search(line)
+    return (line[: end.start()] if end else line).strip("*_ ") or None
+
+
+# Each pattern starts at a backslash that is not the second of a line break (two backslashes).
+_DELIMITER = re.compile(r"(?<!\\)\\[()$]|\$")
+_SPACING = re.compile(r"(?<!\\)\\[!,;:>]|(?<!\\)\\q?quad(?![a-zA-Z])|~")
+_SIZING = re.compile(r"(?<!\\)\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])")
+_FREE_SPACE = re.compile(r"\s+(?=[^\w\s{}])|(?<=[^\w\s\\{}])\s+")
+_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
+
+
+def normalise(answer: str) -> str:
+    r"""Return a canonical spelling of a LaTeX answer without changing what it means.
+
+    Removes math delimiters, currency signs, spacing and sizing commands, spaces that LaTeX ignores,
+    and trailing punctuation; spells ``\dfrac`` and ``\tfrac`` as ``\frac``.
+    """
+    text = _DELIMITER.sub("", answer.replace("\u2212", "-"))
+    text = re.sub(r"(?<!\\)\\ ", " ", text)
+    text = _SIZING.sub("", _SPACING.sub("", text))
+    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+    text = " ".join(text.split())
+    text = _FREE_SPACE.sub("", text)
+    return text.rstrip(".,;: ")
+
+
+_RATIONAL = re.compile(
+    r"(?P<sign>[-+]?)(?:"
+    r"\\frac\{(?P<over>[-+]?\d+)\}\{(?P<under>\d+)\}|"
+    r"(?P<num>\d+)/(?P<den>\d+)|"
+    r"(?P<decimal>\d+(?:\.\d*)?|\.\d+))"
+)
+
+
+def parse_number(answer: str) -> Fraction | None:
+    r"""Return the value of a plain integer, decimal, ``a/b`` or ``\frac{a}{b}``, else None.
+
+    Thousands separators, currency signs and trailing zeros do not matter. Exponents are not read,
+    so a short text cannot name a number that fills the memory.
+    """
+    text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), normalise(answer))
+    if len(text) > MAX_ANSWER_CHARS:
+        return None
+    match = _RATIONAL.fullmatch(text)
+    if match is None:
+        return None
+    sign = -1 if match["sign"] == "-" else 1
+    if match["decimal"] is not None:
+        return sign * Fraction(match["decimal"])
+    over, under = (match["over"], match["under"]) if match["over"] else (match["num"], match["den"])
+    return sign * Fraction(int(over), int(under)) if int(under) else None
+
+
+_TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{[^{}]*\}")
+_TOKEN = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
+
+
+def _only_number(answer: str) -> Fraction | None:
+    """Return the number of an answer in words and units ("x = 18", "18 dollars"), if it has one.
+
+    Words and units may surround the number; an operator or a second number may not.
+    """
+    text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), normalise(answer))
+    text = _TEXT_COMMAND.sub(" ", text).rpartition("=")[2]
+    if len(text) > MAX_ANSWER_CHARS or re.search(r"[\\^_*!(){}]|/\s*\d", text.replace("\\%", "")):
+        return None
+    tokens = _TOKEN.findall(text)
+    return Fraction(tokens[0]) if len(tokens) == 1 else None
+
+
+def equivalent(gold: str, answer: str) -> bool:
+    """Return whether an extracted answer equals the gold answer; see this module's docstring.
+
+    An empty answer equals nothing. A comparison that exceeds its time or memory counts as unequal.
+
+    Raises:
+        ModuleNotFoundError: math-verify is needed and not installed.
+    """
+    return equivalent_many(gold, [answer])[0]
+
+
+def equivalent_many(gold: str, answers: Sequence[str]) -> list[bool]:
+    """Return `equivalent` for several answers to one problem; the workers share them."""
+    target = normalise(gold)
+    verdicts = {answer: _cheap_verdict(target, normalise(answer)) for answer in answers}
+    undecided = [answer for answer, verdict in verdicts.items() if verdict is None]
+    verdicts.update(zip(undecided, _verifier.verify(target, undecided), strict=True))
+    return [bool(verdicts[answer]) for answer in answers]
+
+
+def same_number_many(gold: Fraction, answers: Sequence[str]) -> list[bool]:
+    """Return for each answer whether it is the number ``gold``, written as a number or in words.
+
+    Only an answer that is neither, such as ``2^{10}``, is left to math-verify.
+    """
+    verdicts: dict[str, bool] = {}
+    undecided: list[str] = []
+    for answer in dict.fromkeys(answers):
+        number = parse_number(answer)
+        number = _only_number(answer) if number is None else number
+        if number is None:
+            undecided.append(answer)
+        else:
+            verdicts[answer] = number == gold
+    verdicts.update(zip(undecided, equivalent_many(str(gold), undecided), strict=True))
+    return [verdicts[answer] for answer in answers]
+
+
+def _cheap_verdict(gold: str, answer: str) -> bool | None:
+    """Decide without math-verify if possible; both sides are normalised."""
+    if not answer or not gold:
+        return False
+    if gold == answer:
+        return True
+    if len(answer) > MAX_ANSWER_CHARS or len(gold) > MAX_ANSWER_CHARS:
+        return False
+    numbers = parse_number(gold), parse_number(answer)
+    if numbers[0] is not None and numbers[1] is not None:
+        return numbers[0] == numbers[1]
+    return None
+
+
+class _Verifier:
+    """math-verify behind the worker pool and a cache of verdicts."""
+
+    def __init__(self) -> None:
+        self.pool: WorkerPool | None = None  # started at the first comparison that needs it
+        self._verdicts: dict[tuple[str, str], bool] = {}
+        self._lock = threading.Lock()
+
+    def verify(self, gold: str, answers: Sequence[str]) -> list[bool]:
+        """Return math-verify's verdict on each answer; ``gold`` is normalised."""
+        keys = [(gold, normalise(answer)) for answer in answers]
+        with self._lock:
+            if len(self._verdicts) + len(keys) > _MAX_CACHED_VERDICTS:
+                self._verdicts.clear()
+            unknown = [key for key in dict.fromkeys(keys) if key not in self._verdicts]
+            if unknown:
+                self.pool = self.pool or WorkerPool()
+                outcomes = self.pool.compare(unknown)
+                for key, outcome in zip(unknown, outcomes, strict=True):
+                    self._verdicts[key] = outcome == "equal"
+            return [self._verdicts[key] for key in keys]
+
+
+_verifier = _Verifier()

@@ -1,0 +1,256 @@
+"""The lm-eval task class behind ``math500_passk`` and ``gsm8k_passk``.
+
+lm-eval fixes the number of samples in the YAML file, keeps only the first of them by default, and
+accepts several flags that make the samples copies of each other without a word. This class reads N
+from the command line (``--metadata num_samples=16``), hands all N texts to the score, and refuses
+or announces what would spoil them. docs/evaluation.md describes every option.
+
+lm-eval must be installed; nothing else in this package imports it.
+"""
+
+import difflib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from lm_eval_tasks import task_path
+from lm_eval_tasks.chat import checkpoint_chat_template
+from lm_eval_tasks.data import FieldTypes, read_local_rows
+from lm_eval_tasks.errors import stop
+from lm_eval_tasks.scoring import Grader, metric_names, problem_metrics, score_problem
+from lm_eval_tasks.vllm_hook import SampleRequest, install_vllm_hook
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_NUM_SAMPLES = 64
+#: Keys of --metadata that the tasks read. lm-eval merges --model_args into the same mapping.
+OPTIONS = ("num_samples", "data_file", "chat_template", "allow_identical_samples")
+
+
+def keep_all(resps: Sequence[list[str]], docs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Pass all N samples of every problem on; lm-eval's default filter keeps the first only."""
+    return list(resps)
+
+
+def score_results(results: Sequence[Sequence[str]], grade: Grader) -> dict[str, float]:
+    """Return the metrics of one problem from what lm-eval hands to ``process_results``.
+
+    Args:
+        results: one entry, the list of the N samples.
+        grade: decides about the extracted answers of this problem.
+
+    Raises:
+        InputError: a filter other than `keep_all` has dropped samples.
+    """
+    samples = results[0]
+    if isinstance(samples, str):
+        stop("a filter reduced the samples of a problem to one text; remove filter_list overrides")
+    return problem_metrics(score_problem(samples, grade))
+
+
+class PassAtKTask(ConfigurableTask):
+    """A benchmark of which N samples per problem are drawn and scored by pass@k.
+
+    Subclasses name the benchmark's fields; the YAML beside them holds prompt, data set and sampling
+    defaults, and is the only place for them.
+    """
+
+    REQUIRED: ClassVar[FieldTypes] = {}
+    """Fields that every row must have."""
+    OPTIONAL: ClassVar[FieldTypes] = {}
+    """Fields that are kept when every row has them."""
+    ID_FIELD: ClassVar[str | None] = None
+    """Field that identifies a problem; without it, its position in the data set does."""
+    DEFINITION: ClassVar[str] = ""
+    """The YAML file, relative to `task_path()`."""
+
+    @staticmethod
+    def check_row(row: Mapping[str, Any]) -> str | None:
+        """Return what is wrong with a row beyond its field types, or None."""
+        return None
+
+    def __init__(self, config: dict[str, Any] | None = None) -> None:
+        """Build the task from its YAML, completed by the options given at run time."""
+        config = self._complete(dict(config or {}))
+        metadata = config["metadata"]
+        self.num_samples = _num_samples(metadata)
+        _check_options(metadata)
+        config["repeats"] = self.num_samples
+        # One pipeline only: lm-eval scores and logs everything again for each.
+        keep = {"function": "custom", "filter_fn": keep_all}
+        config["filter_list"] = [{"name": "all", "filter": [keep]}]
+        config["metric_list"] = [
+            {"metric": name, "aggregation": "mean", "higher_is_better": higher}
+            for name, higher in metric_names(self.num_samples).items()
+        ]
+        super().__init__(config=config)
+
+    def _complete(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Add the package's definition to an index entry, which only has a name and this class."""
+        config.pop("class", None)
+        given = config.pop("metadata", None) or {}
+        if "doc_to_text" not in config:
+            definition = load_yaml(task_path() / self.DEFINITION)
+            definition.pop("class")
+            config = definition | config
+            given = definition["metadata"] | given
+        # Never shared with lm-eval's own copy: this class writes into it.
+        config["metadata"] = dict(given) | {"num_samples": given.get("num_samples")}
+        return config
+
+    # -- data -------------------------------------------------------------------------------------
+
+    def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Load the hub data set, or the local JSON lines file named by ``data_file``."""
+        path = self.config.metadata.get("data_file")
+        if path is None:
+            try:
+                super().download(dataset_kwargs, **kwargs)
+            except (OSError, ValueError) as error:
+                reason = str(error).strip().split("\n")[0]
+                stop(
+                    f"cannot load {self.config.dataset_path} from the hub ({reason}); without a "
+                    "network, give the same rows with --metadata data_file=FILE.jsonl"
+                )
+            return
+        import datasets
+
+        rows = read_local_rows(str(path), self.REQUIRED, self.OPTIONAL, self.check_row)
+        self.dataset = {self.config.test_split: datasets.Dataset.from_list(rows)}
+
+    # -- requests ---------------------------------------------------------------------------------
+
+    def build_all_requests(
+        self,
+        *,
+        samples: list[int] | None = None,
+        cache_requests: bool = False,
+        rewrite_requests_cache: bool = False,
+        apply_chat_template: bool = False,
+        chat_template: Callable[..., str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Build the requests, with the checkpoint's chat template unless it is switched off."""
+        if cache_requests:
+            logger.warning(
+                "%s: --cache_requests is ignored, its key knows neither num_samples nor data_file",
+                self.config.task,
+            )
+        if samples is not None and list(samples) != sorted(set(samples)):
+            # lm-eval walks the data set in order but labels rows in the order given.
+            stop(
+                f"--samples for {self.config.task} is {samples}: lm-eval would label the rows "
+                "wrongly; give each index once, in ascending order"
+            )
+        self._check_sampling()
+        metadata = self.config.metadata
+        metadata["chat_template_applied_by"] = "lm-eval" if apply_chat_template else "nobody"
+        if not apply_chat_template and metadata.get("chat_template", "auto") == "auto":
+            chat_template = checkpoint_chat_template(metadata)
+            if chat_template is not None:
+                apply_chat_template = True
+                metadata["chat_template_applied_by"] = "task"
+                logger.warning(
+                    "%s: the checkpoint has a chat template, so the task applies it "
+                    "(--metadata chat_template=off samples the bare prompt)",
+                    self.config.task,
+                )
+        install_vllm_hook()
+        super().build_all_requests(
+            samples=samples,
+            apply_chat_template=apply_chat_template,
+            chat_template=chat_template,
+            **kwargs,
+        )
+
+    def _check_sampling(self) -> None:
+        """Refuse settings under which the N samples would be one text N times."""
+        settings = self.config.generation_kwargs
+        temperature = settings.get("temperature", 1.0)
+        is_greedy = settings.get("do_sample") is not True or not float(temperature) > 0
+        if is_greedy and self.num_samples > 1:
+            stop(
+                f"{self.config.task}: do_sample={settings.get('do_sample')}, "
+                f"temperature={temperature} draws the same text {self.num_samples} times; keep "
+                "do_sample=True and a temperature above 0, or give --metadata num_samples=1"
+            )
+        for alias in ("max_new_tokens", "max_tokens", "max_completion_tokens"):
+            if alias in settings:
+                stop(
+                    f"{self.config.task}: --gen_kwargs {alias}={settings[alias]} loses against the "
+                    f"task's max_gen_toks; give --gen_kwargs max_gen_toks={settings[alias]} instead"
+                )
+        if settings.get("n", 1) != 1:
+            stop(
+                f"{self.config.task}: --gen_kwargs n={settings['n']} would be dropped by lm-eval; "
+                f"give --metadata num_samples={settings['n']} instead"
+            )
+
+    def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> Instance:
+        """Build the request of one problem, marked as ours and carrying the problem's name."""
+        request = super().construct_requests(doc=doc, ctx=ctx, **kwargs)
+        name = doc.get(self.ID_FIELD) if self.ID_FIELD else None
+        return SampleRequest(
+            request_type=request.request_type,
+            doc=request.doc,
+            arguments=request.arguments,
+            idx=request.idx,
+            metadata=request.metadata,
+            problem=f"{self.config.task}/{request.doc_id if name is None else name}",
+        )
+
+    # -- responses --------------------------------------------------------------------------------
+
+    def apply_filters(self) -> list[Instance] | None:
+        """Check that the samples are samples before anything is graded, then filter."""
+        for request in self._instances:
+            if len(request.resps) != self.num_samples:
+                stop(
+                    f"{self.config.task}: {len(request.resps)} samples instead of "
+                    f"{self.num_samples} came back for {request.problem}; run without --use_cache"
+                )
+        if self.num_samples > 1 and all(len(set(r.resps)) == 1 for r in self._instances):
+            self._report_identical()
+        return super().apply_filters()  # type: ignore[no-any-return]
+
+    def _report_identical(self) -> None:
+        text = str(self._instances[0].resps[0])
+        message = (
+            f"{self.config.task}: all {self.num_samples} samples of every problem are identical, "
+            f"so pass@k would equal pass@1 (first text: {text[:60]!r}). lm-eval's API models send "
+            "one fixed seed with every request: give --gen_kwargs seed=-1 for a vLLM server. Other "
+            "causes: a temperature near 0, or a model that ends at once. If it is meant: "
+            "--metadata allow_identical_samples=true"
+        )
+        if self.config.metadata.get("allow_identical_samples") is True:
+            logger.warning(message)
+        else:
+            stop(message)
+
+
+def _num_samples(metadata: dict[str, Any]) -> int:
+    """Return N and write it into the metadata, which lm-eval stores beside the results."""
+    value = metadata.get("num_samples")
+    value = DEFAULT_NUM_SAMPLES if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        stop(f"--metadata num_samples={value!r}: need a whole number of at least 1")
+    metadata["num_samples"] = value
+    return value
+
+
+def _check_options(metadata: Mapping[str, Any]) -> None:
+    """Refuse wrong option values and near misses of option names."""
+    for key in metadata:
+        close = difflib.get_close_matches(key, OPTIONS, n=1, cutoff=0.85)
+        if key not in OPTIONS and close:
+            stop(f"--metadata {key}=...: unknown option, did you mean {close[0]}?")
+    choice = metadata.get("chat_template", "auto")
+    if choice not in ("auto", "off"):
+        stop(f"--metadata chat_template={choice!r}: accepted are auto (the default) and off")
+    allow = metadata.get("allow_identical_samples", False)
+    if not isinstance(allow, bool):
+        stop(f"--metadata allow_identical_samples={allow!r}: accepted are true and false")

@@ -1,0 +1,1 @@
+"""The task definitions: one folder per benchmark."""
