@@ -26,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # disk full, permissions
         print(f"thinkfast {options.verb}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"thinkfast {options.verb}: interrupted", file=sys.stderr)
+        return 130
     return code
 
 
@@ -52,7 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--json", action="store_true", help="machine-readable output")
     convert.set_defaults(run=_convert)
 
-    size = verbs.add_parser("state-size", help="memory of one sequence")
+    size = verbs.add_parser(
+        "state-size",
+        help="memory of one sequence",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     size.add_argument("folder", type=Path, help="checkpoint folder; config files are enough")
     size.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the model")
     size.add_argument("--ssm-dtype", choices=_DTYPES, default="float32", help="of the SSM state")

@@ -137,6 +137,48 @@ def register_token_id_check(architectures: tuple[str, ...]) -> None:
     BaseRenderer.validate_token_ids = validate_token_ids
 
 
+def register_cpu_seed_fix() -> None:
+    """Lets a seeded request be prefilled in parts on a CPU.
+
+    Patch: wraps ``_sample`` and ``_bookkeeping_sync`` of vLLM's CPU model runner, for every model.
+    Why: vLLM draws a token for each request of a batch, also for one whose prompt is not finished,
+    discards that token and winds the request's generator back with ``set_offset``. torch has that
+    for CUDA only: "CPU Generator does not use offset", and the engine is dead for everybody (vLLM
+    0.32 ``v1/worker/gpu_model_runner.py``). Here the generator's state is put back instead.
+    Remove when: vLLM restores CPU generators itself.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    sample, bookkeep = CPUModelRunner._sample, CPUModelRunner._bookkeeping_sync
+    if hasattr(sample, "thinkfast_original"):
+        return
+
+    def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = self.input_batch
+        is_unfinished = self.discard_request_mask.np[: batch.num_reqs]
+        kept = {g: g.get_state() for i, g in batch.generators.items() if is_unfinished[i]}
+        output = sample(self, *args, **kwargs)
+        for generator, state in kept.items():
+            generator.set_state(state)
+        return output
+
+    def _bookkeeping_sync(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = self.input_batch
+        generators, batch.generators = batch.generators, {}
+        try:
+            return bookkeep(self, *args, **kwargs)
+        finally:
+            batch.generators = generators
+
+    _sample.thinkfast_original = sample  # type: ignore[attr-defined]
+    CPUModelRunner._sample = _sample
+    CPUModelRunner._bookkeeping_sync = _bookkeeping_sync
+
+
 def add_splitting_op(compilation_config: Any, op: str) -> None:
     """Makes piecewise compilation split the graph at ``op``.
 

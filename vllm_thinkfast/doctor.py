@@ -145,6 +145,13 @@ def _check_torch(found: Diagnosis) -> None:
     except ValueError as error:
         found.problems.append(Problem(str(error), f"unset {envs.OPS_BACKEND}"))
         return
+    if backend == "triton" and found.device == "cpu":
+        found.problems.append(
+            Problem(
+                f"{envs.OPS_BACKEND}=triton, but there is no GPU to run Triton on",
+                f"unset {envs.OPS_BACKEND}",
+            )
+        )
     for operator in OPERATORS:
         found.backends[operator] = backend
         try:

@@ -44,6 +44,7 @@ def register() -> None:
     compat.register_config_parser()
     compat.register_mamba_defaults(ATTENTION_FREE)
     compat.register_token_id_check(tuple(name for name, _ in ARCHITECTURES))
+    compat.register_cpu_seed_fix()
     for architecture, target in ARCHITECTURES:
         ModelRegistry.register_model(architecture, target)
     _registered = True

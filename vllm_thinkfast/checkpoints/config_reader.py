@@ -19,6 +19,17 @@ logger = logging.getLogger(__name__)
 MAMBA_CONFIG = "mamba_config.json"
 Config = LlambaConfig | MambaInLlamaConfig
 
+_CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+    "mistral": {
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+}
+"""What a base model's config.json means by leaving a field out (transformers' config classes)."""
+
 
 def read_config(folder: Path) -> Config:
     """Reads the configuration of a Llamba or MambaInLlama folder, published or converted.
@@ -75,7 +86,7 @@ def merge_published(
                 f"{source}: config.json: {required}={config.get(required)!r} must be an integer."
             )
     # Base configurations state only what differs from their class's default.
-    defaults = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
+    defaults = _CLASS_DEFAULTS.get(str(config.get("model_type")), _CLASS_DEFAULTS["llama"])
     merged = {**defaults, **config}
     return MambaInLlamaConfig.from_published(
         merged, mamba_config, _layout(mamba_config, names, source)

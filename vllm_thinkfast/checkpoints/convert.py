@@ -78,13 +78,13 @@ def convert_checkpoint(
         raise CheckpointError(
             f"{src}: no weights; expected *.safetensors or pytorch_model.bin beside config.json."
         )
-    if dst == src or src in dst.parents:
-        raise CheckpointError(f"{dst}: the destination must lie outside of the source {src}.")
+    _check_destination(src, dst)
     layout = config.weight_layout
     fingerprint = _fingerprint(src, files, tokenizer)
     if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
         record = _record_of(dst)
-        if record.get("source_fingerprint") == fingerprint and not overwrite:
+        is_done = record.get("source_fingerprint") == fingerprint and _is_complete(dst, record)
+        if is_done and not overwrite:
             return ConvertReport(
                 dst, layout, record["num_tensors"], record["num_bytes"], was_done_before=True
             )
@@ -121,6 +121,34 @@ def convert_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return ConvertReport(dst, layout, num_tensors, num_bytes, was_done_before=False)
+
+
+def _check_destination(src: Path, dst: Path) -> None:
+    """Refuses destinations that would touch the source, and files in the way."""
+    if dst == src or src in dst.parents:
+        raise CheckpointError(f"{dst}: the destination must lie outside of the source {src}.")
+    if dst in src.parents:
+        # --overwrite replaces the whole destination.
+        raise CheckpointError(f"{dst}: holds the source {src}; choose another destination.")
+    for path in (dst, *dst.parents):
+        if path.exists():
+            if not path.is_dir():
+                raise CheckpointError(f"{path}: is a file; the destination must be a folder.")
+            break
+
+
+def _is_complete(dst: Path, record: dict[str, Any]) -> bool:
+    """Whether a converted folder still has what its record counts."""
+    if not all(isinstance(record.get(name), int) for name in ("num_tensors", "num_bytes")):
+        return False
+    if not (dst / "config.json").is_file():
+        return False
+    try:
+        files = weight_files(dst)
+    except CheckpointError:  # a shard is gone
+        return False
+    found_bytes = sum(file.stat().st_size for file in files)
+    return bool(files) and found_bytes >= int(record["num_bytes"])
 
 
 def _write_shards(
@@ -164,12 +192,17 @@ def _write_shards(
     return len(weight_map), total, max(bytes_by_dtype, key=lambda d: bytes_by_dtype[d])
 
 
-def _copy_other_files(src: Path, dst: Path) -> None:
+def _other_files(src: Path) -> Iterator[Path]:
     """Tokenizer, chat template, generation config, licence: everything but weights and configs."""
     for file in sorted(src.iterdir()):
         is_left_behind = file.name in _LEFT_BEHIND or file.name.endswith(_LEFT_BEHIND_SUFFIXES)
         if file.is_file() and not is_left_behind and not file.name.startswith("."):
-            shutil.copy2(file, dst / file.name)
+            yield file
+
+
+def _copy_other_files(src: Path, dst: Path) -> None:
+    for file in _other_files(src):
+        shutil.copy2(file, dst / file.name)
 
 
 def _save_tokenizer(tokenizer: str, dst: Path) -> None:
@@ -186,12 +219,12 @@ def _save_tokenizer(tokenizer: str, dst: Path) -> None:
 
 
 def _fingerprint(src: Path, files: list[Path], tokenizer: str | None) -> str:
-    """Changes when the source changes: config contents, names, sizes and times of the weights."""
+    """Changes when the source changes: config contents, names, sizes and times of the rest."""
     digest = hashlib.sha256(f"{tokenizer}\n".encode())
     for name in ("config.json", MAMBA_CONFIG):
         if (src / name).is_file():
             digest.update((src / name).read_bytes())
-    for file in files:
+    for file in (*files, *_other_files(src)):
         stat = file.stat()
         digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()

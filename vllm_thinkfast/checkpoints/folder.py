@@ -18,6 +18,8 @@ from vllm_thinkfast.checkpoints.key_map import CheckpointError
 
 _SAFETENSORS_INDEX = "model.safetensors.index.json"
 _BIN_INDEX = "pytorch_model.bin.index.json"
+# What torch's unpickler raises on bytes that are no pickle at all.
+_OF_NO_PICKLE = (LookupError, ValueError, TypeError, AttributeError)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # files older than torch 1.6 are no zip archive and cannot be mapped
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, *_OF_NO_PICKLE) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{file}: not a readable weight file: {first_line}") from error
     if not isinstance(state, dict):

@@ -67,8 +67,8 @@ def read_tensors(
         (house name, tensor).
 
     Raises:
-        CheckpointError: missing, surplus, duplicate or wrongly shaped tensors, or a tied head that
-            differs from the embedding.
+        CheckpointError: missing, surplus, duplicate, integer or wrongly shaped tensors, or a tied
+            head that differs from the embedding.
     """
     by_published: dict[str, Rule] = {name: rule for rule in rules for name in rule.published}
     pending: dict[Rule, dict[str, torch.Tensor]] = {}
@@ -76,6 +76,7 @@ def read_tensors(
     produced: set[str] = set()
     surplus: list[str] = []
     wrong: list[str] = []
+    wrong_dtype: list[str] = []
     tie_parts: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:
         rule = by_published.get(name)
@@ -91,6 +92,9 @@ def read_tensors(
         expected = published_shape(rule, name, house_shapes)
         if not pass_through and tuple(tensor.shape) != expected:
             wrong.append(f"{name}: expected {list(expected)}, found {list(tensor.shape)}")
+            continue
+        if not pass_through and not tensor.is_floating_point():
+            wrong_dtype.append(f"{name}: {tensor.dtype}")
             continue
         parts = pending.setdefault(rule, {})
         parts[name] = tensor
@@ -114,7 +118,12 @@ def read_tensors(
     problems = [
         f"{what}: {', '.join(items[:_MAX_LISTED])}"
         + (f" and {len(items) - _MAX_LISTED} more" if len(items) > _MAX_LISTED else "")
-        for what, items in (("missing", missing), ("surplus", surplus), ("wrong shape", wrong))
+        for what, items in (
+            ("missing", missing),
+            ("surplus", surplus),
+            ("wrong shape", wrong),
+            ("not floating point", wrong_dtype),
+        )
         if items
     ]
     if problems:

@@ -51,7 +51,7 @@ def house_shapes(config: MambaInLlamaConfig) -> dict[str, Shape]:
         shapes[f"{p}.mlp.gate_proj.weight"] = (mlp, hidden)
         shapes[f"{p}.mlp.up_proj.weight"] = (mlp, hidden)
         shapes[f"{p}.mlp.down_proj.weight"] = (hidden, mlp)
-        if config.mlp_bias:
+        if config.mlp_bias if i in kept else config.mamba_mlp_bias:
             shapes[f"{p}.mlp.gate_proj.bias"] = (mlp,)
             shapes[f"{p}.mlp.up_proj.bias"] = (mlp,)
             shapes[f"{p}.mlp.down_proj.bias"] = (hidden,)
@@ -166,6 +166,12 @@ def layout_of(names: Collection[str], source: str) -> WeightLayout:
         return "mambainllama_mamba1"
     if {"in_proj.weight", "dt_proj.weight"} <= tails:
         return "m1"
+    if names and not tails:
+        raise CheckpointError(
+            f"{source}: mamba_config.json is there, but no weight belongs to a mixer (accepted: at "
+            "least one mamba layer). If every layer is attention, remove mamba_config.json and "
+            "serve the folder as the Llama it is."
+        )
     raise CheckpointError(
         f"{source}: mamba_config.json is there, but no known layout fits the weights; mixer "
         f"tensors found: {sorted(tails)[:12] or 'none'}; accepted: MambaInLlama Mamba-1 "

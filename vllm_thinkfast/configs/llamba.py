@@ -14,7 +14,9 @@ from transformers import PretrainedConfig
 from vllm_thinkfast.configs.fields import (
     check_choice,
     check_divides,
+    check_flags,
     check_known_keys,
+    check_object,
     check_positive,
     check_positive_number,
 )
@@ -136,6 +138,14 @@ class LlambaConfig(PretrainedConfig):
             mixer_width=(expand * hidden_size, "num_heads", num_heads),
             num_heads=(num_heads, "n_groups", n_groups),
         )
+        check_flags(
+            _OWNER,
+            mlp_bias=mlp_bias,
+            use_conv_bias=use_conv_bias,
+            use_bias=use_bias,
+            lm_head_bias=lm_head_bias,
+            tie_word_embeddings=tie_word_embeddings,
+        )
         if conv_kernel < 2:
             raise ValueError(f"{_OWNER}: conv_kernel={conv_kernel} must be at least 2.")
         if lm_head_bias and tie_word_embeddings:
@@ -207,6 +217,7 @@ def _read_published(raw: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{_OWNER}: {required} is missing; the published class requires it.")
     ssm_cfg = fields.pop("ssm_cfg", None) or {}
     mlp_cfg = fields.pop("mlp_cfg", None) or {}
+    check_object(_OWNER, ssm_cfg=ssm_cfg, mlp_cfg=mlp_cfg)
     check_known_keys(f"{_OWNER}: ssm_cfg", ssm_cfg, _SSM_CFG_DEFAULTS)
     check_known_keys(f"{_OWNER}: mlp_cfg", mlp_cfg, _MLP_CFG_DEFAULTS)
     ssm = {**_SSM_CFG_DEFAULTS, **ssm_cfg}

@@ -20,9 +20,13 @@ from transformers import PretrainedConfig
 from vllm_thinkfast.configs.fields import (
     check_choice,
     check_divides,
+    check_flags,
+    check_interval,
     check_known_keys,
+    check_object,
     check_positive,
     check_positive_number,
+    check_rope,
 )
 
 _OWNER = "MambaInLlama config"
@@ -110,6 +114,7 @@ class MambaInLlamaConfig(PretrainedConfig):
         sliding_window: int | None = None,
         attention_bias: bool = False,
         mlp_bias: bool = False,
+        mamba_mlp_bias: bool | None = None,
         tie_word_embeddings: bool = False,
         attention_layers: Sequence[int] = (),
         mamba_version: Literal["mamba1", "mamba2"] = "mamba1",
@@ -149,7 +154,8 @@ class MambaInLlamaConfig(PretrainedConfig):
             rope_parameters: ``rope_theta``, ``rope_type`` and its numbers.
             sliding_window: window of the attention layers in tokens (Mistral bases).
             attention_bias: whether q, k, v and o projections have a bias.
-            mlp_bias: whether the MLP's projections have a bias.
+            mlp_bias: whether the MLPs of attention blocks have biases.
+            mamba_mlp_bias: whether the MLPs of mamba blocks have biases; default ``mlp_bias``.
             tie_word_embeddings: whether head and embedding share weights.
             attention_layers: indices of layers that keep attention; all others are mixers.
             mamba_version: which recurrence the mixers compute.
@@ -185,6 +191,9 @@ class MambaInLlamaConfig(PretrainedConfig):
             mamba_rms_norm_eps = rms_norm_eps
         if time_step_rank is None:
             time_step_rank = math.ceil(hidden_size / 16)
+        if mamba_mlp_bias is None:
+            mamba_mlp_bias = mlp_bias
+        rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
         check_choice(_OWNER, "mamba_version", mamba_version, ("mamba1", "mamba2"))
         check_choice(_OWNER, "weight_layout", weight_layout, get_args(WeightLayout))
         check_choice(_OWNER, "hidden_act", hidden_act, ("silu", "swish"))
@@ -213,6 +222,27 @@ class MambaInLlamaConfig(PretrainedConfig):
             num_attention_heads=(num_attention_heads, "num_key_value_heads", num_key_value_heads),
             mamba_num_heads=(mamba_num_heads, "mamba_n_groups", mamba_n_groups),
         )
+        check_flags(
+            _OWNER,
+            attention_bias=attention_bias,
+            mlp_bias=mlp_bias,
+            mamba_mlp_bias=mamba_mlp_bias,
+            tie_word_embeddings=tie_word_embeddings,
+            use_conv_bias=use_conv_bias,
+            repeat_kv_before_conv=repeat_kv_before_conv,
+            proj_x_bias=proj_x_bias,
+            proj_z_bias=proj_z_bias,
+            out_proj_bias=out_proj_bias,
+            use_bias=use_bias,
+            use_gated_norm=use_gated_norm,
+            norm_before_gate=norm_before_gate,
+            d_has_head_dim=d_has_head_dim,
+        )
+        check_rope(_OWNER, rope_parameters)
+        if sliding_window is not None:
+            check_positive(_OWNER, sliding_window=sliding_window)
+        if time_step_limit is not None:
+            check_interval(_OWNER, time_step_limit=time_step_limit)
         if conv_kernel < 2:
             raise ValueError(f"{_OWNER}: conv_kernel={conv_kernel} must be at least 2.")
         self.vocab_size = vocab_size
@@ -226,10 +256,11 @@ class MambaInLlamaConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.mamba_rms_norm_eps = mamba_rms_norm_eps
         self.max_position_embeddings = max_position_embeddings
-        self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
+        self.rope_parameters = rope_parameters
         self.sliding_window = sliding_window
         self.attention_bias = attention_bias
         self.mlp_bias = mlp_bias
+        self.mamba_mlp_bias = mamba_mlp_bias
         self.attention_layers = _checked_layers(attention_layers, num_hidden_layers)
         self.mamba_version = mamba_version
         self.mamba_num_heads = mamba_num_heads
@@ -290,14 +321,19 @@ class MambaInLlamaConfig(PretrainedConfig):
             weight_layout: which layout the weights have, see ``checkpoints.layout``.
 
         Returns:
-            the configuration; RoPE scaling is dropped for M1, as in its code.
+            the configuration. As in the published code: mixers' blocks have no MLP biases; only
+            Mistral's attention has a window; M1 drops RoPE scaling, the window and MLP biases.
 
         Raises:
             ValueError: the files contradict each other or hold an unknown option.
         """
         base = dict(config)
-        base.pop("model_type", None)
+        is_mistral = base.pop("model_type", None) == "mistral"
         base.pop("architectures", None)
+        if weight_layout == "m1":
+            base.pop("mlp_bias", None)
+        if weight_layout == "m1" or not is_mistral:
+            base.pop("sliding_window", None)
         check_known_keys("mamba_config.json", mamba_config, _MAMBA_CONFIG_KEYS)
         for key, base_key in (
             ("d_model", "hidden_size"),
@@ -322,12 +358,15 @@ class MambaInLlamaConfig(PretrainedConfig):
             **base,
             **_read_mixer(base, mamba_config, weight_layout),
             rope_parameters=rope,
+            mamba_mlp_bias=False,
             mamba_rms_norm_eps=mamba_config.get("rms_norm_eps", 1e-5),
             weight_layout=weight_layout,
         )
 
 
 def _checked_layers(layers: Sequence[int], num_hidden_layers: int) -> list[int]:
+    if not isinstance(layers, (list, tuple)):
+        raise ValueError(f"{_OWNER}: attention_layers={layers!r} must be a list of indices.")
     indices = list(layers)
     wrong = [i for i in indices if not isinstance(i, int) or not 0 <= i < num_hidden_layers]
     if wrong or len(set(indices)) != len(indices):
@@ -343,7 +382,9 @@ def _read_mixer(
 ) -> dict[str, Any]:
     """Reads the mixers' options: ``mamba_config.json`` -> keyword arguments of the config class."""
     is_mamba2 = weight_layout == "mambainllama_mamba2"
-    ssm_cfg = dict(mamba_config.get("ssm_cfg") or {})
+    ssm_cfg = mamba_config.get("ssm_cfg") or {}
+    check_object("mamba_config.json", ssm_cfg=ssm_cfg)
+    ssm_cfg = dict(ssm_cfg)
     owner = "mamba_config.json: ssm_cfg"
     known = _MAMBA2_SSM_KEYS if is_mamba2 else _MAMBA1_SSM_KEYS
     check_known_keys(owner, ssm_cfg, (*known, *_IGNORED_SSM_KEYS))

@@ -44,7 +44,7 @@ class MambaInLlamaBlock(nn.Module):
             intermediate_size=config.intermediate_size,
             hidden_act=config.hidden_act,
             quant_config=vllm_config.quant_config,
-            bias=config.mlp_bias,
+            bias=config.mamba_mlp_bias,
             prefix=f"{prefix}.mlp",
         )
 

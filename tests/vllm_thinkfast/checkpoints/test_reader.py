@@ -84,6 +84,33 @@ def test_wrong_shape(fmt: str, tmp_path: Path) -> None:
         read(folder)
 
 
+def test_integer_weights(tmp_path: Path) -> None:
+    """Quantised weights without a quantization_config are not read as numbers."""
+    folder = write_checkpoint(tmp_path / "ckpt", "llamba")
+    name = tensor_names(folder)[0]
+    change_weights(folder, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    with pytest.raises(CheckpointError, match=r"not floating point.*int8"):
+        read(folder)
+
+
+def test_no_mixer(tmp_path: Path) -> None:
+    """mamba_config.json beside a plain Llama's weights."""
+    folder = write_checkpoint(tmp_path / "ckpt", "mambainllama_mamba1")
+    change_weights(folder, lambda t: [t.pop(name) for name in list(t) if ".mamba." in name])
+    with pytest.raises(CheckpointError, match=r"remove mamba_config\.json"):
+        read(folder)
+
+
+def test_mistral_defaults(tmp_path: Path) -> None:
+    """What a Mistral's config.json leaves out means Mistral's default, not Llama's."""
+    folder = write_checkpoint(tmp_path / "ckpt", "mambainllama_mamba1")
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "mistral"
+    config.pop("sliding_window", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert read_config(folder).sliding_window == 4096
+
+
 def test_tied_head_that_differs(tmp_path: Path) -> None:
     folder = write_checkpoint(
         tmp_path / "ckpt", "mambainllama_mamba2", config={"tie_word_embeddings": True}

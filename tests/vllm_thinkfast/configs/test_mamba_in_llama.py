@@ -117,6 +117,24 @@ def test_old_rope_scaling_key() -> None:
         (base(), mamba2(ssm_cfg={"ngroups": 12}), "mambainllama_mamba2", "ngroups=12 times"),
         (base(), mamba2(ssm_cfg={"dt_softplus": 1}), "mambainllama_mamba2", "dt_softplus"),
         (base(hidden_act="gelu"), mamba(hidden_act="gelu"), "m1", "hidden_act='gelu'"),
+        (base(), mamba2(ssm_cfg={"dt_limit": [1.0]}), "mambainllama_mamba2", "two numbers"),
+        (base(), mamba2(ssm_cfg={"dt_limit": [2.0, 1.0]}), "mambainllama_mamba2", "low < high"),
+        (base(), mamba2(ssm_cfg={"rmsnorm": "no"}), "mambainllama_mamba2", "use_gated_norm='no'"),
+        (base(tie_word_embeddings="false"), mamba(), "m1", "without quotes"),
+        (
+            base(rope_scaling={"rope_type": "llama3", "factor": 8.0}),
+            mamba(),
+            "mambainllama_mamba1",
+            "lacks low_freq_factor, high_freq_factor, original_max_position_embeddings",
+        ),
+        (base(rope_scaling={"type": "spiral"}), mamba(), "mambainllama_mamba1", "'spiral'"),
+        (base(rope_theta=-1.0), mamba(), "m1", "rope_theta=-1.0"),
+        (
+            base(model_type="mistral", sliding_window=-1),
+            mamba(),
+            "mambainllama_mamba1",
+            "sliding_window=-1",
+        ),
     ],
 )
 def test_refused(
@@ -124,3 +142,24 @@ def test_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         MambaInLlamaConfig.from_published(config, mamba_config, layout)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layout", "window"),
+    [
+        ("mistral", "mambainllama_mamba1", 4096),
+        ("llama", "mambainllama_mamba1", None),  # Llama's class ignores the field
+        ("mistral", "m1", None),  # M1's attention has no window
+    ],
+)
+def test_sliding_window(model_type: str, layout: Any, window: int | None) -> None:
+    config = base(model_type=model_type, sliding_window=4096)
+    merged = MambaInLlamaConfig.from_published(config, mamba(d_inner=3072), layout)
+    assert merged.sliding_window == window
+
+
+@pytest.mark.parametrize(("layout", "attention"), [("mambainllama_mamba1", True), ("m1", False)])
+def test_mlp_bias(layout: Any, attention: bool) -> None:
+    """The published mamba blocks have no MLP biases, whatever the base model has."""
+    merged = MambaInLlamaConfig.from_published(base(mlp_bias=True), mamba(d_inner=3072), layout)
+    assert (merged.mlp_bias, merged.mamba_mlp_bias) == (attention, False)

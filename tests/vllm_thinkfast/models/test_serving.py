@@ -24,7 +24,7 @@ START_S = 300
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Base URL of a server for a published M1 folder with a chat template."""
     tmp_path = tmp_path_factory.mktemp("serve")
-    folder = write_checkpoint(tmp_path / "ckpt", "m1", seed=1, tokenizer=True)
+    folder = write_checkpoint(tmp_path / "ckpt", "m1", seed=1, has_tokenizer=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -74,13 +74,17 @@ def test_streamed_chat(client: Any) -> None:
     request = {
         "model": MODEL,
         "messages": [{"role": "user", "content": "one two three"}],
-        "max_tokens": 12,
-        "temperature": 0,
+        "max_tokens": 24,
+        # Sampled: the greedy answer of random weights can be empty.
+        "temperature": 1.0,
+        "seed": 5,
+        "extra_body": {"ignore_eos": True},
     }
     whole = client.chat.completions.create(**request)
     pieces = list(client.chat.completions.create(**request, stream=True))
     streamed = "".join(c.choices[0].delta.content or "" for c in pieces if c.choices)
-    assert whole.usage.completion_tokens == 12 or whole.choices[0].finish_reason == "stop"
+    assert whole.usage.completion_tokens == 24
+    assert whole.choices[0].finish_reason == "length"
     assert len([c for c in pieces if c.choices and c.choices[0].delta.content]) > 1
     assert streamed == whole.choices[0].message.content
     assert streamed

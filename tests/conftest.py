@@ -1,0 +1,11 @@
+"""Settings of the whole suite, made before torch is imported.
+
+One thread: the models here are tiny, and two OpenMP threads that wait for each other cost several
+times the work itself as soon as anything else runs on the machine.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ["HF_HUB_OFFLINE"] = "1"
