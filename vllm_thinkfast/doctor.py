@@ -120,7 +120,9 @@ def _check_entry_point(found: Diagnosis) -> None:
                 f"unset VLLM_PLUGINS, or add {ENTRY_POINT_NAME} to it",
             )
         )
-    found.is_plugin_active = bool(points) and is_selected
+    distribution = compat.vllm_distribution()
+    is_accepted = distribution is not None and not compat.is_too_old(distribution[1])
+    found.is_plugin_active = bool(points) and is_selected and is_accepted
 
 
 def _check_torch(found: Diagnosis) -> None:

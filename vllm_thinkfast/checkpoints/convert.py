@@ -93,6 +93,11 @@ def convert_checkpoint(
                 f"{dst}: exists and is not this conversion; remove it, choose another folder, or "
                 "pass --overwrite."
             )
+        if not any((dst / name).is_file() for name in ("config.json", RECORD)):
+            raise CheckpointError(
+                f"{dst}: holds files but no config.json; --overwrite replaces model folders only. "
+                "Empty it, or choose another folder."
+            )
     partial = dst.with_name(f".{dst.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -57,13 +57,24 @@ def test_converted_again(tmp_path: Path) -> None:
 
 def test_destination_in_the_way(tmp_path: Path) -> None:
     src = write_checkpoint(tmp_path / "src", "m1")
+    dst = tmp_path / "dst"
+    dst.mkdir()
+    (dst / "config.json").write_text("{}")  # some other model
+    with pytest.raises(CheckpointError, match="--overwrite"):
+        convert_checkpoint(src, dst)
+    assert (dst / "config.json").read_text() == "{}"
+    convert_checkpoint(src, dst, overwrite=True)
+    assert (dst / "model.safetensors").is_file()
+
+
+def test_folder_that_is_no_model(tmp_path: Path) -> None:
+    """--overwrite does not delete a folder that never was a model, a home folder for example."""
+    src = write_checkpoint(tmp_path / "src", "m1")
     (tmp_path / "dst").mkdir()
     (tmp_path / "dst" / "precious.txt").write_text("keep")
-    with pytest.raises(CheckpointError, match="--overwrite"):
-        convert_checkpoint(src, tmp_path / "dst")
+    with pytest.raises(CheckpointError, match="replaces model folders only"):
+        convert_checkpoint(src, tmp_path / "dst", overwrite=True)
     assert (tmp_path / "dst" / "precious.txt").read_text() == "keep"
-    convert_checkpoint(src, tmp_path / "dst", overwrite=True)
-    assert (tmp_path / "dst" / "model.safetensors").is_file()
 
 
 def test_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
