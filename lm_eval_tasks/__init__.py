@@ -1,4 +1,4 @@
-"""lm-eval tasks that score N samples per problem: ``math500_passk`` and ``gsm8k_passk``.
+"""lm-eval tasks with N samples per problem: ``math500_passk``, ``gsm8k_passk``, ``arith_passk``.
 
 Importing this package, and scoring with `lm_eval_tasks.answers`, `lm_eval_tasks.scoring` and
 `lm_eval_tasks.estimators`, needs neither torch nor vllm nor lm-eval. The lm-eval side lives in

@@ -35,6 +35,7 @@ def test_index_wheel_holds_the_two_entries_and_no_code(tmp_path: Path) -> None:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
         text = archive.read("lm_eval/tasks/thinkfast/gsm8k_passk.yaml").decode()
     assert sorted(names) == [
+        "lm_eval/tasks/thinkfast/arith_passk.yaml",
         "lm_eval/tasks/thinkfast/gsm8k_passk.yaml",
         "lm_eval/tasks/thinkfast/math500_passk.yaml",
     ]
@@ -86,7 +87,7 @@ def test_installed_index_lies_beside_lm_eval() -> None:
 
     folder = Path(lm_eval.tasks.__file__).parent / "thinkfast"
     names = sorted(path.name for path in folder.glob("*.yaml"))
-    assert names == ["gsm8k_passk.yaml", "math500_passk.yaml"]
+    assert names == ["arith_passk.yaml", "gsm8k_passk.yaml", "math500_passk.yaml"]
     files = distribution("thinkfast-lm-eval-index").files or []
     assert {Path(str(f.locate())).resolve() for f in files if f.suffix == ".yaml"} == {
         (folder / name).resolve() for name in names

@@ -1,0 +1,1 @@
+"""Arithmetic word problems for tiny models, pass@k."""
