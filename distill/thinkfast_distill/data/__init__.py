@@ -1,0 +1,1 @@
+"""Data: sources, mixing by tokens, packing, decontamination, and the ``arith`` problems."""

@@ -1,0 +1,323 @@
+"""Records -> tokens with a completion mask.
+
+Rules that training and sampling must share:
+
+* The chat template is pinned once (`pin_chat_template`): a date inside it is a constant, so that
+  the text depends neither on the day of tokenising nor on the day of serving. The pinned template
+  is what the loader uses, and what belongs into the exported folder.
+* Each turn is tokenised on its own, the prompt exactly as a server tokenises it, so no token spans
+  the border between prompt and completion. Special tokens come from the template alone: never two
+  BOS.
+* The end-of-turn token is part of the completion and trained. Nothing after it in the turn is.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thinkfast_distill.data.errors import DataError
+
+Layout = Literal["text", "prompt", "chat"]
+
+#: Stands in Llama-3.2's own template as the date if no clock is available.
+DEFAULT_DATE = "26 Jul 2024"
+_PIN = "{#- thinkfast-distill: date pinned #}"
+_DATE = re.compile(r"[A-Za-z0-9 .,/-]{1,40}")
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """One document."""
+
+    tokens: NDArray[np.uint32]
+    """(T,) token ids."""
+
+    completion: NDArray[np.bool_]
+    """(T,) what an assistant says, with its end-of-turn token; everything in raw text."""
+
+
+def pin_chat_template(template: str, date: str = DEFAULT_DATE) -> str:
+    """Returns the template with every date fixed; a pinned one comes back unchanged.
+
+    Args:
+        template: Jinja source, as in ``tokenizer.chat_template``.
+        date: the text that the template shows as today's date, for any format.
+
+    Raises:
+        DataError: the date has characters that are no part of a date.
+    """
+    if template.startswith(_PIN):
+        return template
+    if not _DATE.fullmatch(date):
+        raise DataError(f"date {date!r}: give a date such as {DEFAULT_DATE!r}")
+    macro = ""
+    if "strftime_now" in template:
+        macro = f"{{%- macro strftime_now(format) -%}}{date}{{%- endmacro -%}}"
+    variable = f'{{%- set date_string = "{date}" -%}}' if "date_string" in template else ""
+    # The dash of the last tag would eat white space at the template's start.
+    return f"{_PIN}{macro}{variable}{{{{- '' }}}}{template}"
+
+
+def read_chat_template(tokenizer: Any, file: str | Path | None) -> str | None:
+    """The template from a file, else the tokenizer's own, else None.
+
+    Raises:
+        DataError: the file cannot be read or is empty; the tokenizer has several templates.
+    """
+    if file is not None:
+        try:
+            text = Path(file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"chat_template: {file} cannot be read ({error})") from error
+        if not text.strip():
+            raise DataError(f"chat_template: {file} is empty")
+        return text
+    own = getattr(tokenizer, "chat_template", None)
+    if isinstance(own, Mapping):
+        raise DataError(
+            f"the tokenizer has several chat templates ({', '.join(own)}); choose one with "
+            "chat_template: FILE"
+        )
+    return own
+
+
+@dataclass(frozen=True)
+class RecordFormat:
+    """Which fields of a record hold what."""
+
+    layout: Layout = "text"
+    """``text``: raw text; ``prompt``: a question and its answer, as two turns; ``chat``: a list of
+    turns."""
+
+    text_field: str = "text"
+    """``text``: the field."""
+
+    prompt_field: str = "problem"
+    """``prompt``: the user's turn."""
+
+    completion_field: str = "generated_solution"
+    """``prompt``: the assistant's turn."""
+
+    messages_field: str = "messages"
+    """``chat``: the list; turns are {role, content}, or ShareGPT's {from, value}."""
+
+    system: str | None = None
+    """System turn put before every record without one; not for ``text``."""
+
+    def __post_init__(self) -> None:
+        if self.layout not in ("text", "prompt", "chat"):
+            raise DataError(
+                f"layout: {self.layout!r} is not accepted; accepted: text, prompt, chat"
+            )
+
+    @property
+    def fields(self) -> list[str]:
+        """The fields that are read."""
+        return {
+            "text": [self.text_field],
+            "prompt": [self.prompt_field, self.completion_field],
+            "chat": [self.messages_field],
+        }[self.layout]
+
+    def texts(self, record: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """The turns of a record, (role, content); for raw text one with the role ``text``.
+
+        Raises:
+            DataError: a field is missing, of the wrong type or empty; the caller adds the place.
+        """
+        if self.layout == "text":
+            return [("text", _string(record, self.text_field))]
+        if self.layout == "prompt":
+            turns = [
+                ("user", _string(record, self.prompt_field)),
+                ("assistant", _string(record, self.completion_field)),
+            ]
+        else:
+            turns = _turns(record, self.messages_field)
+        if self.system is not None and turns[0][0] != "system":
+            turns.insert(0, ("system", self.system))
+        return turns
+
+
+_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+def _string(record: Mapping[str, Any], field: str) -> str:
+    if field not in record:
+        raise DataError(f"no field {field!r}; the fields are {', '.join(map(repr, record))}")
+    value = record[field]
+    if not isinstance(value, str):
+        raise DataError(f"field {field!r} must be text, got {type(value).__name__}")
+    if not value.strip():
+        raise DataError(f"field {field!r} is empty")
+    return value
+
+
+def _turns(record: Mapping[str, Any], field: str) -> list[tuple[str, str]]:
+    if field not in record:
+        raise DataError(f"no field {field!r}; the fields are {', '.join(map(repr, record))}")
+    value = record[field]
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise DataError(f"field {field!r} must be a list of turns, got {str(value)[:40]!r}")
+    turns = []
+    for i, turn in enumerate(value):
+        if not isinstance(turn, Mapping):
+            raise DataError(f"field {field!r}, turn {i}: need role and content, got {turn!r:.40}")
+        role = turn.get("role", turn.get("from"))
+        content = turn.get("content", turn.get("value"))
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise DataError(
+                f"field {field!r}, turn {i}: need text in role and content (or from and value), "
+                f"got {', '.join(map(repr, turn)) or 'nothing'}"
+            )
+        turns.append((_ROLES.get(role, role), content))
+    if all(role != "assistant" for role, _ in turns):
+        raise DataError(f"field {field!r} has no turn of the assistant")
+    return turns
+
+
+class Formatter:
+    """Turns records into tokens, with one tokenizer and one pinned template."""
+
+    def __init__(
+        self, tokenizer: Any, *, chat_template: str | None = None, date: str = DEFAULT_DATE
+    ) -> None:
+        """Fixes the template.
+
+        Args:
+            tokenizer: a Hugging Face tokenizer; it is not changed.
+            chat_template: Jinja source; None for the tokenizer's own, which may be absent as long
+                as only raw text is read.
+            date: see `pin_chat_template`.
+
+        Raises:
+            DataError: the tokenizer has no end-of-sequence token.
+        """
+        if getattr(tokenizer, "eos_token_id", None) is None:
+            raise DataError(
+                "the tokenizer has no eos_token: a model trained on its texts would never stop; "
+                "set eos_token in tokenizer_config.json"
+            )
+        self.tokenizer = tokenizer
+        self.eos: int = tokenizer.eos_token_id
+        self.bos: int | None = tokenizer.bos_token_id if _adds_bos(tokenizer) else None
+        template = chat_template or read_chat_template(tokenizer, None)
+        self.chat_template = None if template is None else pin_chat_template(template, date)
+        self._fingerprint: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the tokenizer: vocabulary, merges, BOS and EOS."""
+        if self._fingerprint is None:
+            backend = getattr(self.tokenizer, "backend_tokenizer", None)
+            if backend is None:
+                rules = str(sorted(self.tokenizer.get_vocab().items()))
+            else:
+                # A tokenizer stores the padding and truncation of its last call; not what it is.
+                fields = json.loads(backend.to_str())
+                fields.pop("padding", None)
+                fields.pop("truncation", None)
+                rules = json.dumps(fields, sort_keys=True)
+            text = "\0".join([rules, str(self.bos), str(self.eos)])
+            self._fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return self._fingerprint
+
+    @property
+    def template_fingerprint(self) -> str | None:
+        """A hash of the pinned chat template."""
+        if self.chat_template is None:
+            return None
+        return hashlib.sha256(self.chat_template.encode()).hexdigest()[:16]
+
+    def tokenise(self, turns: Sequence[tuple[str, str]]) -> Tokenised:
+        """Returns the tokens of a record.
+
+        Args:
+            turns: `RecordFormat.texts`.
+
+        Raises:
+            DataError: no template, or one that cannot be used turn by turn.
+        """
+        if turns[0][0] == "text":
+            ids = self._encode(turns[0][1], is_raw=True)
+            tokens = [*([] if self.bos is None else [self.bos]), *ids, self.eos]
+            return _tokenised(tokens, [True] * len(tokens))
+        return self._tokenise_chat(turns)
+
+    def _tokenise_chat(self, turns: Sequence[tuple[str, str]]) -> Tokenised:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        tokens: list[int] = []
+        completion: list[bool] = []
+        done = ""
+        for i, (role, _) in enumerate(turns):
+            if role != "assistant":
+                continue
+            prompt = self._render(messages[:i], ask=True)
+            answered = self._render(messages[: i + 1], ask=False)
+            if not prompt.startswith(done) or not answered.startswith(prompt):
+                raise DataError(
+                    f"the chat template changes earlier text when turn {i} is added, so the "
+                    "assistant's tokens cannot be told apart; give another one with "
+                    "chat_template: FILE"
+                )
+            ids = self._encode(prompt[len(done) :])
+            tokens += ids
+            completion += [False] * len(ids)
+            ids = self._encode(answered[len(prompt) :])
+            is_last = all(later != "assistant" for later, _ in turns[i + 1 :])
+            if self.eos not in ids and is_last:
+                ids.append(self.eos)
+            end = max((at for at, token in enumerate(ids) if token == self.eos), default=len(ids))
+            tokens += ids
+            completion += [at <= end for at in range(len(ids))]
+            done = answered
+        if self.bos is not None and tokens[:2] == [self.bos] * 2:
+            raise DataError("the chat template begins with two BOS tokens; remove one")
+        return _tokenised(tokens, completion)
+
+    def _render(self, messages: list[dict[str, str]], *, ask: bool) -> str:
+        if self.chat_template is None:
+            raise DataError(
+                "the tokenizer has no chat template; give one with chat_template: FILE, or read "
+                "the source with layout: text"
+            )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=ask,
+            )
+        except Exception as error:  # Jinja raises its own classes and what the template raises
+            reason = str(error).strip().split("\n")[0]
+            raise DataError(f"the chat template refuses the record: {reason}") from error
+        assert isinstance(text, str)
+        return text
+
+    def _encode(self, text: str, *, is_raw: bool = False) -> list[int]:
+        """Ids without added special tokens; in raw text, special tokens are ordinary characters."""
+        ids = self.tokenizer(
+            text,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,
+            **({"split_special_tokens": True} if is_raw else {}),
+        )["input_ids"]
+        return list(ids)
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer begins plain text with BOS, as it does when the model is served."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+
+
+def _tokenised(tokens: list[int], completion: list[bool]) -> Tokenised:
+    return Tokenised(np.asarray(tokens, dtype=np.uint32), np.asarray(completion, dtype=np.bool_))

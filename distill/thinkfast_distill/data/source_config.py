@@ -1,0 +1,196 @@
+"""The keys of a source in a recipe, by kind; see `data.sources` for what the kinds do."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from thinkfast_distill.data import arith
+from thinkfast_distill.data.errors import DataError
+from thinkfast_distill.data.formatting import Layout, RecordFormat
+from thinkfast_distill.recipe import RecipeError, parse
+
+LossOn = Literal["all", "completion"]
+
+
+@dataclass(kw_only=True)
+class SourceConfig:
+    """What all kinds of sources share."""
+
+    kind: str
+    """``jsonl``, ``parquet``, ``memmap``, ``hub`` or ``arith``."""
+
+    name: str | None = None
+    """Unique label in logs; null: made from the file, folder, data set or split."""
+
+    tokens: int | None = None
+    """Budget in tokens without padding; met exactly, the last document is cut there. Shares are
+    in proportion to the budgets."""
+
+    weight: float | None = None
+    """Share of the tokens relative to the other sources, without a limit. Give ``tokens`` for all
+    sources of a mixture or for none; with neither, the weight is 1."""
+
+    epochs: int | None = 1
+    """Most passes over the documents; null: any number. A source that ends before its budget stops
+    the run with an error."""
+
+    loss_on: LossOn | None = None
+    """Which tokens are targets; null: as the mixture says. Raw text counts whole either way."""
+
+    def __post_init__(self) -> None:
+        for key in ("tokens", "weight", "epochs"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise RecipeError(f"{key}: {value} must be above 0, or null.")
+        if self.tokens is not None and self.weight is not None:
+            raise RecipeError("weight: give tokens or weight, not both.")
+
+    @property
+    def label(self) -> str:
+        """The name used in logs."""
+        return self.name or self._default_name()
+
+    def _default_name(self) -> str:
+        return self.kind
+
+
+@dataclass(kw_only=True)
+class RecordSourceConfig(SourceConfig):
+    """Sources of records; see `formatting.RecordFormat` for the layouts."""
+
+    layout: Layout = "text"
+    """``text``, ``prompt`` (question and answer) or ``chat`` (list of turns)."""
+
+    text_field: str = "text"
+    """Field of ``text``."""
+
+    prompt_field: str = "problem"
+    """Field of the question in ``prompt``."""
+
+    completion_field: str = "generated_solution"
+    """Field of the answer in ``prompt``."""
+
+    messages_field: str = "messages"
+    """Field of the turns in ``chat``."""
+
+    system: str | None = None
+    """System turn for records without one."""
+
+    def format(self) -> RecordFormat:
+        """The format of the records."""
+        return RecordFormat(**{f.name: getattr(self, f.name) for f in fields(RecordFormat)})
+
+
+@dataclass(kw_only=True)
+class FileSourceConfig(RecordSourceConfig):
+    """``jsonl`` and ``parquet``: local files."""
+
+    path: str | list[str]
+    """Files or patterns (``*``); relative to the working directory."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.path:
+            raise RecipeError("path: the list is empty; give files.")
+
+    def _default_name(self) -> str:
+        return Path(self.path if isinstance(self.path, str) else self.path[0]).stem
+
+
+@dataclass(kw_only=True)
+class MemmapSourceConfig(SourceConfig):
+    """``memmap``: a folder written by ``python -m thinkfast_distill.data.tokenise``."""
+
+    path: str
+    """The folder."""
+
+    def _default_name(self) -> str:
+        return Path(self.path).name
+
+
+@dataclass(kw_only=True)
+class HubSourceConfig(RecordSourceConfig):
+    """``hub``: a data set of the Hugging Face hub, streamed."""
+
+    dataset: str
+    """Repository name, or the name of a loader of the datasets library."""
+
+    config: str | None = None
+    """Configuration of the data set."""
+
+    split: str = "train"
+    """Split of the data set."""
+
+    revision: str | None = None
+    """Commit; give one for a run worth repeating."""
+
+    data_files: str | list[str] | None = None
+    """Files of the repository."""
+
+    shuffle_window: int = 10_000
+    """Records that are read, and permuted, at once; 1 keeps the data set's order."""
+
+    def _default_name(self) -> str:
+        return self.dataset.rpartition("/")[2]
+
+
+@dataclass(kw_only=True)
+class ArithSourceConfig(SourceConfig):
+    """``arith``: problems made on the fly, see `thinkfast_distill.data.arith`."""
+
+    split: arith.Split = "train"
+    """``train``, ``validation`` or ``test``; no text occurs in two of them."""
+
+    problem_seed: int = 0
+    """Another seed, other problems of the same split."""
+
+    num: int = 100_000_000
+    """Problems in a pass; the default has no end in practice."""
+
+    min_steps: int = arith.ArithSpec.min_steps
+    """Fewest operations of a problem."""
+
+    max_steps: int = arith.ArithSpec.max_steps
+    """Most operations of a problem."""
+
+    max_value: int = arith.ArithSpec.max_value
+    """Largest value at any step."""
+
+    max_operand: int = arith.ArithSpec.max_operand
+    """Largest number added or taken away."""
+
+    def _default_name(self) -> str:
+        return f"arith-{self.split}-{self.min_steps}-{self.max_steps}"
+
+
+KINDS: dict[str, type[SourceConfig]] = {
+    "jsonl": FileSourceConfig,
+    "parquet": FileSourceConfig,
+    "memmap": MemmapSourceConfig,
+    "hub": HubSourceConfig,
+    "arith": ArithSourceConfig,
+}
+
+
+def source_config(raw: Mapping[str, Any] | SourceConfig, where: str = "sources") -> SourceConfig:
+    """Checks the keys of one source.
+
+    Args:
+        raw: the mapping from a recipe, or a config that is returned as it is.
+        where: the place, for messages.
+
+    Raises:
+        DataError: names the key, the value and what is accepted.
+    """
+    if isinstance(raw, SourceConfig):
+        return raw
+    kind = raw.get("kind") if isinstance(raw, Mapping) else None
+    if kind not in KINDS:
+        raise DataError(f"{where}: kind {kind!r} is not accepted; accepted: {', '.join(KINDS)}")
+    try:
+        config = parse(KINDS[kind], raw, where)
+    except RecipeError as error:
+        raise DataError(str(error)) from error
+    assert isinstance(config, SourceConfig)
+    return config

@@ -1,0 +1,1 @@
+"""Tests of the distillation package; paths mirror ``distill/thinkfast_distill``."""
