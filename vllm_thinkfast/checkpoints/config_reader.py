@@ -87,7 +87,9 @@ def merge_published(
             )
     # Base configurations state only what differs from their class's default.
     defaults = _CLASS_DEFAULTS.get(str(config.get("model_type")), _CLASS_DEFAULTS["llama"])
-    merged = {**defaults, **config}
+    # null means the default: old versions of transformers wrote it for fields they did not know.
+    stated = {key: value for key, value in config.items() if value is not None}
+    merged = {**defaults, **stated}
     return MambaInLlamaConfig.from_published(
         merged, mamba_config, _layout(mamba_config, names, source)
     )

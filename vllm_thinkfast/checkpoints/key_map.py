@@ -19,6 +19,8 @@ import torch
 
 Shape = tuple[int, ...]
 _MAX_LISTED = 12
+_COMPUTED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
+"""Buffers that old versions of transformers saved; a model computes them from its configuration."""
 
 
 class CheckpointError(ValueError):
@@ -79,6 +81,8 @@ def read_tensors(
     wrong_dtype: list[str] = []
     tie_parts: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:
+        if name.endswith(_COMPUTED):
+            continue
         rule = by_published.get(name)
         if rule is None:
             if pass_through and name.endswith(pass_through):
@@ -181,7 +185,9 @@ def _check_tied(parts: dict[str, torch.Tensor], tied: tuple[str, str], source: s
     head, embedding = (parts.get(name) for name in tied)
     if head is None or embedding is None:
         return
-    if not torch.equal(head, embedding):
+    # Folders of mixed precision exist: the head may be the rounded embedding, or the reverse.
+    narrow = min(head.dtype, embedding.dtype, key=lambda dtype: dtype.itemsize)
+    if not torch.equal(head.to(narrow), embedding.to(narrow)):
         raise CheckpointError(
             f"{source}: {tied[0]} differs from {tied[1]} although the configuration ties them; "
             'set "tie_word_embeddings": false in config.json if the head was trained.'

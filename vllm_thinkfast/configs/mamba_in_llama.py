@@ -334,12 +334,12 @@ class MambaInLlamaConfig(PretrainedConfig):
             base.pop("mlp_bias", None)
         if weight_layout == "m1" or not is_mistral:
             base.pop("sliding_window", None)
+        # vocab_size is not compared: the published code never reads it, and fine-tuning resizes.
         check_known_keys("mamba_config.json", mamba_config, _MAMBA_CONFIG_KEYS)
         for key, base_key in (
             ("d_model", "hidden_size"),
             ("intermediate_size", "intermediate_size"),
             ("n_layer", "num_hidden_layers"),
-            ("vocab_size", "vocab_size"),
             ("hidden_act", "hidden_act"),
         ):
             stated = mamba_config.get(key)

@@ -111,6 +111,36 @@ def test_mistral_defaults(tmp_path: Path) -> None:
     assert read_config(folder).sliding_window == 4096
 
 
+def test_buffers_of_old_transformers(tmp_path: Path) -> None:
+    """RoPE tables that old Llama checkpoints carry are no weights."""
+    folder = write_checkpoint(tmp_path / "ckpt", "mambainllama_mamba1")
+    expected = read(folder)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    change_weights(folder, lambda tensors: tensors.update({name: torch.ones(4)}))
+    assert read(folder).keys() == expected.keys()
+
+
+def test_null_fields(tmp_path: Path) -> None:
+    """null in config.json is the base class's default, as transformers reads it."""
+    folder = write_checkpoint(tmp_path / "ckpt", "mambainllama_mamba1")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "attention_bias": None, "mlp_bias": None, "rope_scaling": None})
+    )
+    assert not read_config(folder).attention_bias
+
+
+def test_tied_head_of_other_precision(tmp_path: Path) -> None:
+    """A head that is the rounded embedding is the same head."""
+    folder = write_checkpoint(tmp_path / "ckpt", "mambainllama_mamba1")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    head = embedding.to(torch.bfloat16)
+    change_weights(folder, lambda tensors: tensors.update({"lm_head.weight": head}))
+    assert torch.equal(read(folder)["model.embed_tokens.weight"], embedding)
+
+
 def test_tied_head_that_differs(tmp_path: Path) -> None:
     folder = write_checkpoint(
         tmp_path / "ckpt", "mambainllama_mamba2", config={"tie_word_embeddings": True}

@@ -145,7 +145,9 @@ def _decode_kernel(
     in_n = n < tl.where(slot > 0, N, 0)
     in_state = in_p[:, None] & in_n[None, :]
 
-    log_decay = tl.load(log_decay_ptr + s * log_decay_stride_s + h * log_decay_stride_h)
+    log_decay = tl.load(
+        log_decay_ptr + s * log_decay_stride_s + h * log_decay_stride_h, mask=slot > 0, other=0.0
+    )
     x = tl.load(
         x_ptr + s * x_stride_s + h * x_stride_h + p * x_stride_p, mask=in_p, other=0.0
     ).to(tl.float32)  # fmt: skip
