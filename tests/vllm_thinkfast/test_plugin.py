@@ -5,11 +5,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.reference.random_checkpoints import write_checkpoint
-from vllm_thinkfast import plugin
+from vllm_thinkfast import compat, plugin
 
 FORMATS = ("llamba", "mambainllama_mamba1", "mambainllama_mamba2", "m1")
 
@@ -102,3 +103,19 @@ def test_version_check(
         return
     plugin._check_version()
     assert ("is newer" in caplog.text) == (outcome == "warning")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (["vllm::unified_attention"], ["vllm::unified_attention", "vllm_thinkfast::mixer"]),
+        (["vllm_thinkfast::mixer"], ["vllm_thinkfast::mixer"]),  # every layer asks
+        ([], []),  # compiled as a whole
+        (None, None),
+    ],
+)
+def test_add_splitting_op(before: list[str] | None, after: list[str] | None) -> None:
+    """Piecewise compilation splits at the mixer; a graph that is not split stays whole."""
+    config = SimpleNamespace(splitting_ops=before)
+    compat.add_splitting_op(config, "vllm_thinkfast::mixer")
+    assert config.splitting_ops == after

@@ -1,0 +1,5 @@
+"""The demo's one error for what the user can mend."""
+
+
+class InputError(Exception):
+    """One line that names the value, what is accepted, and the fix. Ends with exit code 2."""

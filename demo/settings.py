@@ -1,0 +1,91 @@
+"""What a run of the demo does: one object, made from the command line, stored with the results."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PROBLEMS = Path(__file__).resolve().parent / "problems.jsonl"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the numbers; the same for every model."""
+
+    data: str = str(PROBLEMS)
+    """Word problems, JSON lines in GSM8K's field layout."""
+    limit: int | None = None
+    """Use only the first problems of the file."""
+    num_samples: int = 16
+    """Samples per problem (N)."""
+    max_tokens: int = 160
+    """Longest answer in tokens; longer ones are cut and counted as truncated."""
+    temperature: float = 0.5
+    """Sampling temperature; a 135M model at 0.7 rarely finishes a thought."""
+    seed: int = 1234
+    """Seed of the sampling and of the student's new weights."""
+    max_num_seqs: int = 64
+    """Sequences that run at once, in sampling and in the speed measurement."""
+    max_model_len: int = 1024
+    """Longest prompt and answer together, in tokens."""
+    kv_cache_bytes: int = 2**30
+    """Memory for keys, values and states, the same for every model."""
+    dtype: str = "float32"
+    speed_rounds: int = 5
+    """Repetitions of the speed measurement; each round runs every model once."""
+    speed_sequences: int = 32
+    """Sequences that a round decodes at once."""
+    speed_tokens: int = 64
+    """Tokens generated for each sequence of a round."""
+
+
+def resolved(settings: Settings) -> dict[str, Any]:
+    """The settings as they are stored: with the data file's content in place of its location."""
+    values = asdict(settings)
+    values["data_sha256"] = file_hash(Path(settings.data))
+    return values
+
+
+def file_hash(*files: Path) -> str:
+    """SHA-256 over the contents of files."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            while block := opened.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """A short hash of anything that JSON can hold."""
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def code_hash() -> str:
+    """Hash of the sources that take part in a measurement, so that old results are not reused."""
+    here = Path(__file__).resolve().parent
+    files = [here / "worker.py"]
+    for package in ("vllm_thinkfast", "lm_eval_tasks"):
+        files += [*(ROOT / package).rglob("*.py"), *(ROOT / package).rglob("*.yaml")]
+    return file_hash(*sorted(files))[:16]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model folder that takes part. Where it came from does not matter from here on."""
+
+    name: str
+    """Short key, used in file names."""
+    label: str
+    """In the table and the figure. Says "untrained" where that is so."""
+    folder: Path
+    identity: str
+    """Changes when the model changes."""
+    attention_layers: str
+    """For the table, such as "7 of 30"."""
+    is_trained: bool
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What else the result file should say about the model."""

@@ -1,0 +1,75 @@
+"""Results of finished phases, so that a killed run continues where it stopped.
+
+One JSON file per phase, named by the phase and by a hash of everything that decides its result. A
+file is written beside its place and renamed: it is complete or absent.
+"""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from demo.errors import InputError
+from demo.settings import fingerprint
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file that is either complete or absent, whenever the process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    with unfinished.open("w", encoding="utf-8") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
+    os.replace(unfinished, path)
+
+
+class PhaseStore:
+    """Finished phases in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, phase: str, key: Any) -> Path:
+        """The file of a phase; ``key`` is everything that decides its result."""
+        return self.folder / f"{phase}-{fingerprint(key)}.json"
+
+    def load(self, phase: str, key: Any) -> Any | None:
+        """The stored result; None if the phase has not finished with this key."""
+        try:
+            return json.loads(self.path(phase, key).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{self.path(phase, key)}: not readable ({error}); delete the file, or run with "
+                "--fresh"
+            ) from error
+
+    def save(self, phase: str, key: Any, result: Any) -> None:
+        """Stores a result; older results of the phase stay, they belong to other settings."""
+        write_atomically(self.path(phase, key), json.dumps(result, indent=1) + "\n")
+
+    def clear(self) -> None:
+        """Forgets all finished phases."""
+        for file in self.folder.glob("*.json"):
+            file.unlink()
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Keeps a second run out of the folder; the lock ends with the process, however it ends.
+
+    Raises:
+        InputError: another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    opened = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        opened.close()
+        raise InputError(
+            f"another demo is running in {folder}; wait for it, or give another folder with --out"
+        ) from error
+    return opened

