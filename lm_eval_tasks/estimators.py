@@ -44,6 +44,8 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
         return 1.0
     # C(N-c, k) / C(N, k) = prod_{m=N-c+1..N} (1 - k/m); as a sum of log1p it neither overflows nor
     # loses the small differences that a product of numbers near one would.
+    if num_correct == 0:
+        return 0.0  # not the -0.0 of the formula below
     log_miss = math.fsum(math.log1p(-k / m) for m in range(num_wrong + 1, num_samples + 1))
     return -math.expm1(log_miss)
 

@@ -30,9 +30,7 @@ from tests.reference.random_checkpoints import (
     write_variant,
 )
 
-FIXTURES = Path(
-    os.environ.get("THINKFAST_FIXTURES", Path(__file__).parents[3] / "shared" / "fixtures")
-)
+FIXTURES = Path(os.environ.get("THINKFAST_FIXTURES", Path(__file__).parents[1] / "golden"))
 GOLDEN_TOLERANCE = 1e-4
 """Maximum difference of logits; the goldens were computed in float32 by the original code."""
 
@@ -60,7 +58,7 @@ def edit_json(path: Path, **changes: object) -> None:
 def golden(request):
     folder = FIXTURES / request.param
     if not folder.exists():
-        pytest.skip(f"{folder} is absent: logits of the original code are not in the repository")
+        pytest.skip(f"THINKFAST_FIXTURES has no {folder.name}")
     return folder / "ckpt", load_file(folder / "golden.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""Engine fixtures; the golden checkpoints stand beside the checkout where they exist."""
+"""Engine fixtures."""
 
 import os
 from collections.abc import Iterator
@@ -12,10 +12,8 @@ from safetensors.torch import load_file
 from tests.reference.random_checkpoints import write_checkpoint
 from tests.vllm_thinkfast.models.engines import EnginePool
 
-GOLDEN = Path(
-    os.environ.get("THINKFAST_FIXTURES", Path(__file__).parents[4] / "shared" / "fixtures")
-)
-"""Folder of golden checkpoints: NAME/ckpt and NAME/golden.safetensors."""
+GOLDEN = Path(os.environ.get("THINKFAST_FIXTURES", Path(__file__).parents[2] / "golden"))
+"""Folder of golden checkpoints: NAME/ckpt and NAME/golden.safetensors; see its README."""
 
 
 def golden_names() -> list[str]:
