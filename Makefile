@@ -12,8 +12,8 @@ DATA ?=
 TESTS ?= tests
 export PIP_ARGS
 
-PACKAGES := vllm_thinkfast lm_eval_tasks
-SOURCES := $(PACKAGES) tests scripts demo integrations
+PACKAGES := vllm_thinkfast lm_eval_tasks thinkfast_distill
+SOURCES := vllm_thinkfast lm_eval_tasks distill tests scripts demo integrations
 BIN := .venv/bin
 
 .PHONY: install demo test check format lock clean
@@ -30,7 +30,7 @@ test: install
 check: install
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
-	$(BIN)/mypy $(PACKAGES)
+	$(BIN)/mypy $(PACKAGES:%=-p %)
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 

@@ -2,6 +2,7 @@ import json
 from random import Random
 
 import pytest
+
 from thinkfast_distill.data.arith import (
     MISTAKES,
     SPLITS,

@@ -1,9 +1,10 @@
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from thinkfast_distill.arith_models import tiny_llama_config
 from thinkfast_distill.data.arith import problem
 from thinkfast_distill.data.arith_tokenizer import build_tokenizer, write_tokenizer
 from thinkfast_distill.data.formatting import Formatter
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 import pytest
+
 from thinkfast_distill.data.arith_tokenizer import build_tokenizer
 from thinkfast_distill.data.errors import DataError
 from thinkfast_distill.data.formatting import (

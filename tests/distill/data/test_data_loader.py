@@ -7,6 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+
 from thinkfast_distill.data.arith_tokenizer import build_tokenizer
 from thinkfast_distill.data.errors import DataError
 from thinkfast_distill.data.loader import Loader

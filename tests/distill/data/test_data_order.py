@@ -1,6 +1,7 @@
 import itertools
 
 import pytest
+
 from thinkfast_distill.data.order import Permutation
 
 

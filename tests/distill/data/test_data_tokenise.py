@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+
 from thinkfast_distill.data import tokenise as tokenise_module
 from thinkfast_distill.data.arith_tokenizer import build_tokenizer, write_tokenizer
 from thinkfast_distill.data.decontaminate import Decontaminator

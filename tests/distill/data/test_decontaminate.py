@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 from thinkfast_distill.data.decontaminate import Decontaminator, words
 from thinkfast_distill.data.errors import DataError
 

@@ -1,0 +1,90 @@
+"""Held-out measurements: always the same batches, so that the numbers of a run are one curve.
+
+Every stage is measured by its own objective and, where there is a teacher, end to end: KL both
+ways, cross entropies, top-1 agreement. So it shows what each stage pays for the whole model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from thinkfast_distill import metrics, parts
+from thinkfast_distill.config import RunConfig, StageConfig
+from thinkfast_distill.distributed import World
+
+if TYPE_CHECKING:
+    from thinkfast_distill.batch import PackedBatch
+
+
+class Evaluation:
+    """The held-out batches of a run and how they are measured."""
+
+    def __init__(self, config: RunConfig, world: World, tokenizer: Any, teacher: Any) -> None:
+        """Prepares nothing yet.
+
+        Args:
+            config: the run; without ``evaluation.data`` every measurement is empty.
+            world: the ranks that share the rows.
+            tokenizer: for the data.
+            teacher: the frozen model, or None.
+        """
+        self._config, self._world = config, world
+        self._tokenizer, self._teacher = tokenizer, teacher
+        self._batches: list[PackedBatch] | None = None
+
+    def run(self, stage: StageConfig, student: nn.Module, objective: Any) -> dict[str, float]:
+        """Measures a student; all ranks call it together.
+
+        Args:
+            stage: the current stage.
+            student: the student as it is, sharded or not.
+            objective: the stage's objective for this student.
+
+        Returns:
+            metrics per target token (and per layer), equal on all ranks; empty without held-out
+            data.
+        """
+        if self._config.evaluation.data is None:
+            return {}
+        measured = [(stage.kind, objective)]
+        if self._teacher is not None and stage.kind != "end_to_end":
+            measured.append(
+                ("end_to_end", parts.end_to_end_objective(stage, student, self._teacher))
+            )
+        found: dict[str, float] = {}
+        was_training = student.training
+        student.eval()
+        try:
+            with torch.no_grad():
+                for kind, one in measured:
+                    sums: dict[str, float] = {}
+                    for batch in self._held_out():
+                        metrics.add_sums(sums, one.evaluate(batch.to(self._world.device)))
+                    figures = parts.normalised(kind, metrics.sum_over_ranks(sums, self._world))
+                    # Several objectives have a "loss"; the plain names are end to end.
+                    prefix = f"{kind}_" if len(measured) > 1 and one is objective else ""
+                    whole = {key: value for key, value in figures.items() if key[-1:].isalpha()}
+                    found.update({prefix + key: value for key, value in whole.items()})
+        finally:
+            student.train(was_training)
+        return found
+
+    def _held_out(self) -> list[PackedBatch]:
+        if self._batches is None:
+            settings = self._config.evaluation
+            loader = parts.loader(
+                self._config,
+                self._tokenizer,
+                data=str(settings.data),
+                seq_len=settings.seq_len,
+                batch_rows=settings.batch_rows,
+                purpose="evaluation",
+                state=None,
+            )
+            self._batches = [
+                loader.next(self._world.rank, self._world.size) for _ in range(settings.num_batches)
+            ]
+        return self._batches

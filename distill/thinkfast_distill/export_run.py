@@ -1,0 +1,122 @@
+"""``thinkfast-distill export``: the newest checkpoint of a run as a served model folder.
+
+The model card is made from the run's own records: what was trained on, for how long, and the
+held-out figures before and after each stage.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from thinkfast_distill import parts
+from thinkfast_distill.checkpoint import Checkpoint, CheckpointStore
+from thinkfast_distill.config import RunConfig
+from thinkfast_distill.distributed import World
+from thinkfast_distill.export import export
+from thinkfast_distill.loop import CHAT_TEMPLATE_FILE
+from thinkfast_distill.recipe import RecipeError
+from thinkfast_distill.run_log import LOG_FILE, read_log
+from thinkfast_distill.status import read_run_config
+
+_CARD_METRICS = (
+    "loss",
+    "reverse_kl",
+    "forward_kl",
+    "top1_agreement",
+    "cross_entropy",
+    "teacher_cross_entropy",
+)
+
+
+def export_run(run: Path, out: Path) -> Path:
+    """Exports the newest checkpoint of a run.
+
+    Args:
+        run: the run folder; the run may still be going on.
+        out: the folder to write.
+
+    Returns:
+        the folder.
+
+    Raises:
+        RecipeError: no run folder, or nothing was saved yet.
+        ExportError: the folder cannot be written.
+    """
+    config = read_run_config(run)
+    store = CheckpointStore(run, config.checkpoint.keep, World())
+    checkpoint = store.latest()
+    if checkpoint is None:
+        raise RecipeError(f"{run}: no checkpoint yet; the run has to save one first.")
+    index = min(checkpoint.progress.stage, len(config.stages) - 1)
+    if checkpoint.progress.stage_step == 0 and checkpoint.progress.stage > 0:
+        index = checkpoint.progress.stage - 1  # the next stage may have other layers
+    teacher_config = parts.teacher_config(config)
+    tokenizer = parts.tokenizer(config)
+    student_config = parts.student_config(config, teacher_config, tokenizer, index)
+    student = parts.build_student(student_config)
+    store.load_student(checkpoint, student)
+    template = run / CHAT_TEMPLATE_FILE
+    with tempfile.TemporaryDirectory() as made:
+        folder = parts.tokenizer_folder(config)
+        if folder is None:
+            folder = Path(made)
+            tokenizer.save_pretrained(folder)
+        return export(
+            student,
+            student_config,
+            folder,
+            out,
+            card=_card(config, checkpoint, run),
+            dtype=getattr(torch, config.export.dtype),
+            chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
+            gguf_file=parts.tokenizer_gguf_file(config),
+        )
+
+
+def _card(config: RunConfig, checkpoint: Checkpoint, run: Path) -> dict[str, Any]:
+    """Facts for the model card; what is not known is left out."""
+    progress = checkpoint.progress
+    stages = []
+    for i, stage in enumerate(config.stages[: progress.stage + 1]):
+        name = str(stage.name)
+        if name not in progress.stage_tokens:
+            continue
+        steps = progress.stage_step if i == progress.stage else stage.num_steps
+        found = progress.last_metrics.get(name, {})
+        stages.append(
+            {
+                "name": name,
+                "kind": stage.kind,
+                "tokens": progress.stage_tokens[name],
+                "steps": steps,
+                "metrics": {key: found[key] for key in _CARD_METRICS if key in found},
+            }
+        )
+    sessions = [r for r in read_log(run / LOG_FILE) if r["event"] == "session"]
+    facts: dict[str, Any] = {
+        "name": config.export.name or config.name,
+        "license": config.export.license,
+        "teacher": None if config.teacher is None else config.teacher.model,
+        "kind": config.student.kind,
+        "data": progress.source_tokens,
+        "stages": stages,
+        "evaluation": stages[-1]["metrics"] if stages else None,
+        "seed": config.seed,
+        "command": _command(sessions[0]["command"]) if sessions else None,
+        "commit": checkpoint.environment.get("git_commit"),
+        "environment": {
+            key: value
+            for key, value in checkpoint.environment.items()
+            if key != "git_commit" and value is not None
+        },
+    }
+    return {key: value for key, value in facts.items() if value not in (None, {}, [])}
+
+
+def _command(words: list[str]) -> str:
+    """The command without the folders of the machine it ran on."""
+    program, *rest = words
+    is_module = program.endswith(".py")
+    return " ".join(["thinkfast-distill" if is_module else Path(program).name, *rest])

@@ -1,0 +1,102 @@
+import json
+
+import pytest
+from transformers import LlamaConfig, Qwen2Config
+
+from thinkfast_distill.architecture import resolve_folder, student_config, teacher_config
+from thinkfast_distill.config import (
+    DataConfig,
+    RunConfig,
+    StageConfig,
+    StudentConfig,
+    TeacherConfig,
+)
+from thinkfast_distill.recipe import RecipeError, parse
+
+SIZES = {
+    "vocab_size": 31,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def run(student, **stage):
+    fields = {"kind": "end_to_end", "data": "d", "tokens": 8, "batch_tokens": 8, "seq_len": 8}
+    return RunConfig(
+        name="n",
+        student=parse(StudentConfig, student, "r"),
+        data={"d": DataConfig(sources=[])},
+        stages=[StageConfig(**{**fields, "lr": 1e-3, **stage})],
+        teacher=TeacherConfig(model="m"),
+    )
+
+
+def test_student_follows_a_teacher_with_its_own_head_dim():
+    teacher = LlamaConfig(**SIZES, head_dim=8, tie_word_embeddings=True, rms_norm_eps=1e-6)
+    hybrid = student_config(
+        run({"kind": "mambainllama", "layout": {"mamba_version": "mamba2"}}), teacher
+    )
+    assert (hybrid.mixer_size, hybrid.xb_size, hybrid.ssm_state_size) == (32, 16, 8)
+    assert (hybrid.rms_norm_eps, hybrid.tie_word_embeddings) == (1e-6, True)
+    pure = student_config(run({"kind": "llamba", "layout": {"ssm_state_size": None}}), teacher)
+    assert (pure.num_heads, pure.n_groups, pure.ssm_state_size) == (4, 4, 8)
+
+
+def test_student_of_qwen_keeps_its_biases():
+    config = student_config(
+        run({"kind": "mambainllama", "layout": {"attention_layers": [1], "ssm_state_size": 4}}),
+        Qwen2Config(**SIZES),
+    )
+    assert config.attention_bias
+
+
+def test_stage_may_keep_more_attention():
+    config = run(
+        {"kind": "mambainllama", "layout": {"attention_layers": [1], "ssm_state_size": 4}},
+    )
+    config.stages.insert(0, run({"kind": "llamba"}).stages[0])
+    config.stages[0].attention_layers = [0, 1]
+    teacher = LlamaConfig(**SIZES)
+    kept = [student_config(config, teacher, stage=i).attention_layers for i in (0, 1, None)]
+    assert kept == [[0, 1], [1], [1]]
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        ({"kind": "llamba", "layout": {"num_heads": 3}}, "num_heads=3"),
+        ({"kind": "mambainllama", "layout": {"ssm_state_size": 16}}, "16 must divide"),
+        ({"kind": "mambainllama", "layout": {"attention_layers": [2]}}, r"attention_layers=\[2\]"),
+    ],
+)
+def test_student_that_does_not_fit(student, message):
+    if "attention_layers" in str(student):
+        student["layout"]["ssm_state_size"] = 4
+    with pytest.raises(RecipeError, match=message):
+        student_config(run(student), LlamaConfig(**SIZES))
+
+
+def test_teacher_config_compares_the_sizes_of_the_recipe(tmp_path):
+    LlamaConfig(**SIZES).save_pretrained(tmp_path)
+    same = TeacherConfig(model=str(tmp_path), sizes=dict(SIZES))
+    assert teacher_config(same).hidden_size == 16
+    other = TeacherConfig(model=str(tmp_path), sizes={**SIZES, "hidden_size": 32})
+    with pytest.raises(RecipeError, match=r"sizes.hidden_size: the recipe says 32, .* has 16"):
+        teacher_config(other)
+    assert teacher_config(other, allow_sizes=True).hidden_size == 32
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing"}))
+    with pytest.raises(RecipeError, match=r"teacher\.model"):
+        teacher_config(same)
+
+
+def test_resolve_folder(tmp_path, monkeypatch):
+    assert resolve_folder(str(tmp_path), "k") == tmp_path
+    assert (resolve_folder("package:thinkfast_distill", "k") / "cli.py").is_file()
+    with pytest.raises(RecipeError, match=r"k: package 'no_such' .* pip install no-such"):
+        resolve_folder("package:no_such", "k")
+    for model in ("./nothing", "a/b/c", "word"):
+        with pytest.raises(RecipeError, match=r"no such folder, and not a hub name"):
+            resolve_folder(model, "k")

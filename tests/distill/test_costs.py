@@ -1,0 +1,159 @@
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from thinkfast_distill.architecture import student_config
+from thinkfast_distill.config import (
+    DataConfig,
+    RunConfig,
+    StageConfig,
+    StudentConfig,
+    TeacherConfig,
+)
+from thinkfast_distill.costs import (
+    llama_shapes,
+    memory_estimate,
+    model_cost,
+    peak_flops_per_s,
+    stage_cost,
+)
+from thinkfast_distill.recipe import parse
+
+LLAMA_1B = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+LLAMA_3B = {
+    **LLAMA_1B,
+    "hidden_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 24,
+    "head_dim": 128,
+}
+
+
+def run(student, sizes, **stage_fields):
+    stage = StageConfig(
+        **{
+            "kind": "end_to_end",
+            "data": "d",
+            "tokens": 8_000_000_000,
+            "batch_tokens": 8192,
+            "lr": 1e-5,
+            **stage_fields,
+        }
+    )
+    return RunConfig(
+        name="n",
+        student=parse(StudentConfig, student, "r"),
+        data={"d": DataConfig(sources=[])},
+        stages=[stage],
+        teacher=TeacherConfig(model="m", sizes=sizes, dtype="bfloat16"),
+    )
+
+
+def cost_of(student, sizes):
+    return model_cost(student_config(run(student, sizes), LlamaConfig(**sizes)))
+
+
+# Counts published or derived for these models, in billions (tied heads counted once).
+@pytest.mark.parametrize(
+    ("student", "sizes", "billions"),
+    [
+        ({"kind": "llamba"}, LLAMA_1B, 1.405),
+        ({"kind": "llamba", "layout": {"ssm_state_size": 64}}, LLAMA_3B, 3.568),
+        ({"kind": "llamba", "layout": {"ssm_state_size": 64, "num_heads": 32}}, LLAMA_3B, 3.657),
+        ({"kind": "llamba", "layout": {"ssm_state_size": None}}, LLAMA_3B, 3.833),
+    ],
+)
+def test_model_cost_of_llamba(student, sizes, billions):
+    assert cost_of(student, sizes).total / 1e9 == pytest.approx(billions, abs=5e-4)
+
+
+@pytest.mark.parametrize(("sizes", "billions"), [(LLAMA_1B, 1.2358), (LLAMA_3B, 3.2128)])
+def test_model_cost_of_the_teacher(sizes, billions):
+    assert model_cost(LlamaConfig(**sizes)).total / 1e9 == pytest.approx(billions, abs=1e-4)
+
+
+def test_llama_shapes_are_the_model_s():
+    sizes = {
+        "vocab_size": 31,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    llama = LlamaConfig(head_dim=6, attention_bias=True, mlp_bias=True, **sizes)
+    qwen = Qwen2Config(**sizes)
+    for config, model_class in ((llama, LlamaForCausalLM), (qwen, Qwen2ForCausalLM)):
+        with torch.device("meta"):
+            model = model_class(config)
+        expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        assert llama_shapes(config) == expected
+
+
+def test_stage_cost_is_the_usual_count():
+    config = run({"kind": "llamba"}, LLAMA_1B)
+    teacher = model_cost(LlamaConfig(**LLAMA_1B))
+    student = cost_of({"kind": "llamba"}, LLAMA_1B)
+    found = stage_cost(config, config.stages[0], student, teacher)
+    # Tied: the embedding is looked up once and multiplied once, so N is all parameters.
+    assert found.student == 6 * student.total
+    assert found.teacher == 2 * teacher.total
+    assert (found.student + found.teacher) / 1e9 == pytest.approx(10.9, abs=0.05)
+    config.compute.activation_checkpointing = True
+    more = stage_cost(config, config.stages[0], student, teacher)
+    assert more.recompute == 2 * student.body
+    assert more.per_token > found.per_token
+
+
+def test_stage_cost_of_an_untied_model_leaves_the_table_out():
+    sizes = {**LLAMA_1B, "tie_word_embeddings": False}
+    student = cost_of({"kind": "llamba"}, sizes)
+    assert student.active == student.total - 128256 * 2048
+
+
+def test_stage_cost_by_kind():
+    config = run({"kind": "llamba"}, LLAMA_1B)
+    teacher = model_cost(LlamaConfig(**LLAMA_1B))
+    student = cost_of({"kind": "llamba"}, LLAMA_1B)
+    flops = {}
+    for kind in ("matrix_mixing", "hidden_state", "end_to_end", "sft"):
+        stage = run({"kind": "llamba"}, LLAMA_1B, kind=kind).stages[0]
+        flops[kind] = stage_cost(config, stage, student, teacher)
+    assert flops["sft"].teacher == 0
+    assert flops["hidden_state"].teacher == 2 * teacher.body
+    assert flops["matrix_mixing"].student == 6 * student.parameters["ssm"]
+    assert flops["hidden_state"].per_token < flops["end_to_end"].per_token
+
+
+def test_memory_estimate_shards_what_is_sharded():
+    config = run({"kind": "llamba"}, LLAMA_1B, batch_tokens=8 * 8192, micro_batch_rows=1)
+    student_sizes = student_config(config, LlamaConfig(**LLAMA_1B))
+    student, teacher = model_cost(student_sizes), model_cost(LlamaConfig(**LLAMA_1B))
+
+    def estimate(ranks):
+        return memory_estimate(
+            config, config.stages[0], student_sizes, student, teacher, student.total, ranks
+        )
+
+    one, eight = estimate(1), estimate(8)
+    assert one.student == 16 * student.total
+    assert eight.student == one.student / 8
+    assert eight.teacher == one.teacher == 2 * teacher.total
+    assert eight.activations == one.activations  # one row each
+    config.teacher.placement = "shard"
+    assert estimate(8).teacher == one.teacher / 8
+
+
+def test_peak_flops_is_measured_on_a_cpu():
+    peak, source = peak_flops_per_s(torch.device("cpu"), "float32")
+    assert source == "measured"
+    assert 1e9 < peak < 1e14

@@ -1,0 +1,279 @@
+"""Whole runs with the real parts: stages, progressive replacement, ranks, export, messages."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaForCausalLM
+
+from thinkfast_distill import cli
+from thinkfast_distill.arith_models import tiny_llama_config
+from thinkfast_distill.checkpoint import read
+from thinkfast_distill.data.arith_tokenizer import build_tokenizer
+from thinkfast_distill.run_log import read_log
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "distill" / "recipes"
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    config = tiny_llama_config(len(tokenizer), hidden_size=64, num_hidden_layers=2)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def recipe(folder, teacher, *, kind="llamba", stages=None, layout=None, **more):
+    def stage(kind, **fields):
+        sizes = {"tokens": 3 * 256, "seq_len": 64, "batch_tokens": 256}
+        return {"kind": kind, "data": "train", "lr": 1e-3, **sizes, **fields}
+
+    source = {"kind": "arith", "max_steps": 4}
+    default = [stage("matrix_mixing"), stage("hidden_state"), stage("end_to_end")]
+    content = {
+        "name": "tiny",
+        "teacher": {"model": str(teacher)},
+        "student": {"kind": kind, "init": "qkvo", "layout": layout or {}},
+        "data": {
+            "train": {"sources": [source], "loss_on": "completion"},
+            "held-out": {"sources": [{**source, "split": "validation"}], "loss_on": "completion"},
+        },
+        "stages": [stage(k, **f) for k, f in stages] if stages else default,
+        "evaluation": {"data": "held-out", "num_batches": 1, "batch_rows": 2, "seq_len": 64},
+        "checkpoint": {"every_steps": 2},
+        "logging": {"peak_flops_per_s": 1e10},
+        **more,
+    }
+    if kind == "llamba":
+        content["student"]["layout"] = {"ssm_state_size": None}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def run(*words):
+    return cli.main(["run", *map(str, words), "--quiet"])
+
+
+def torchrun(ranks, *words):
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(f"--nproc-per-node={ranks}", "-m", "thinkfast_distill.cli", "run"),
+            *map(str, words),
+        ],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'distill'}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def curve(folder):
+    records = read_log(folder / "log.jsonl")
+    return {
+        (r["event"], r["stage"], r["stage_step"]): r["loss"]
+        for r in records
+        if r["event"] != "session"
+    }
+
+
+@pytest.fixture(scope="module")
+def llamba(tmp_path_factory, teacher):
+    folder = tmp_path_factory.mktemp("llamba")
+    path = recipe(folder, teacher)
+    assert run(path, "--run-dir", folder / "run") == 0
+    return folder
+
+
+def test_three_stages_learn_and_log(llamba):
+    records = read_log(llamba / "run" / "log.jsonl")
+    trained = [r for r in records if r["event"] == "train"]
+    assert [r["stage"] for r in trained] == [
+        *["matrix_mixing"] * 3,
+        *["hidden_state"] * 3,
+        *["end_to_end"] * 3,
+    ]
+    for record in trained[:6]:
+        assert record["baseline_by_layer"].keys() == record["alignment_by_layer"].keys()
+    for key in ("reverse_kl", "forward_kl", "cross_entropy", "teacher_cross_entropy"):
+        assert trained[-1][key] > 0, key
+    for key in ("teacher_entropy", "top1_agreement", "tokens_per_s", "mfu", "peak_memory_bytes"):
+        assert trained[-1][key] >= 0, key
+    assert trained[-1]["grad_norm"] ** 2 == pytest.approx(
+        sum(part**2 for part in trained[-1]["grad_norm_by_part"].values())
+    )
+    assert 0 < trained[-1]["valid_token_fraction"] < trained[-1]["packing_efficiency"] <= 1
+    assert sum(trained[-1]["source_tokens"].values()) <= trained[-1]["tokens"] == 9 * 256
+    held_out = [r["reverse_kl"] for r in records if r["event"] == "eval"]
+    assert held_out[-1] < held_out[0]
+
+
+def test_two_ranks_with_shards_give_the_same_curve(llamba, teacher, tmp_path):
+    path = recipe(tmp_path, teacher)
+    assert run(path, "--run-dir", tmp_path / "run", "--max-steps", 5) == 0
+    two = torchrun(2, path, "--run-dir", tmp_path / "run", "--quiet")
+    assert two.returncode == 0, two.stderr
+    found, expected = curve(tmp_path / "run"), curve(llamba / "run")
+    assert found.keys() == expected.keys()
+    assert list(found.values()) == pytest.approx(list(expected.values()), rel=2e-4)
+
+
+def test_two_ranks_with_a_sharded_teacher_and_recomputation(llamba, teacher, tmp_path):
+    path = recipe(
+        tmp_path,
+        teacher,
+        compute={"activation_checkpointing": True},
+    )
+    options = ("teacher.placement=shard", "--run-dir", tmp_path / "run", "--quiet")
+    two = torchrun(2, path, *options)
+    assert two.returncode == 0, two.stderr
+    found, expected = curve(tmp_path / "run"), curve(llamba / "run")
+    assert list(found.values()) == pytest.approx(list(expected.values()), rel=2e-4)
+
+
+def test_two_replicas_give_the_same_curve(llamba, teacher, tmp_path):
+    path = recipe(tmp_path, teacher, compute={"replicas": 2})
+    two = torchrun(2, path, "--run-dir", tmp_path / "run", "--quiet")
+    assert two.returncode == 0, two.stderr
+    found, expected = curve(tmp_path / "run"), curve(llamba / "run")
+    assert list(found.values()) == pytest.approx(list(expected.values()), rel=2e-4)
+
+
+def test_progressive_replacement(teacher, tmp_path):
+    path = recipe(
+        tmp_path,
+        teacher,
+        kind="mambainllama",
+        layout={"attention_layers": [], "mamba_version": "mamba2"},
+        stages=[
+            ("end_to_end", {"name": "none", "attention_layers": [0, 1], "tokens": 256}),
+            ("hidden_state", {"name": "one", "attention_layers": [0]}),
+            ("hidden_state", {"name": "both"}),
+        ],
+    )
+    assert run(path, "--run-dir", tmp_path / "run", "--max-steps", 5) == 0
+    assert run(path, "--run-dir", tmp_path / "run") == 0
+    kl = {(r["stage"], r["stage_step"]): r["reverse_kl"]
+          for r in read_log(tmp_path / "run/log.jsonl") if r["event"] == "eval"}  # fmt: skip
+    # Nothing replaced: student and teacher are one model, which tests the harness itself.
+    assert abs(kl["none", 0]) < 1e-6
+    assert kl["one", 3] < kl["one", 0]
+    assert kl["both", 3] < kl["both", 0]
+    assert abs(kl["one", 0]) < kl["both", 0]
+
+
+def test_pretrain_export_distil(tmp_path):
+    """From nothing to a served student, as the shipped arith recipes do it."""
+    small = ("stages.0.tokens=4096", "evaluation.num_batches=1", "evaluation.batch_rows=2")
+    scratch = RECIPES / "arith-teacher-tiny.yaml"
+    assert run(scratch, *small, "--run-dir", tmp_path / "t") == 0
+    assert cli.main(["export", str(tmp_path / "t"), str(tmp_path / "teacher")]) == 0
+    steps = ("stages.0.tokens=2048", "stages.1.tokens=2048")
+    for name, last in (("llamba", "stages.2.tokens=2048"), ("mambainllama", "seed=1")):
+        path = RECIPES / f"arith-{name}-tiny.yaml"
+        options = (f"teacher.model={tmp_path / 'teacher'}", *steps, last, *small[1:])
+        assert run(path, *options, "--run-dir", tmp_path / name) == 0
+        assert cli.main(["export", str(tmp_path / name), str(tmp_path / f"{name}-out")]) == 0
+        exported = json.loads((tmp_path / f"{name}-out" / "config.json").read_text())
+        assert exported["model_type"] == name
+        assert (tmp_path / f"{name}-out" / "chat_template.jinja").is_file()
+        card = (tmp_path / f"{name}-out" / "README.md").read_text()
+        assert "arith-train" in card
+        assert "end_to_end" in card
+
+
+def test_status(llamba, capsys):
+    assert cli.main(["status", str(llamba / "run"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["is_finished"]
+    assert found["step"] == found["total_steps"] == 9
+    assert found["left_s"] == 0
+    assert [stage["step"] for stage in found["stages"]] == [3, 3, 3]
+    assert cli.main(["status", str(llamba / "run")]) == 0
+    assert "tiny: finished, 2,304 tokens" in capsys.readouterr().out
+
+
+def test_checkpoint_states_its_origin(llamba):
+    checkpoint = read(llamba / "run" / "checkpoints" / "step_00000009_end")
+    assert checkpoint.config["name"] == "tiny"
+    assert checkpoint.environment["num_ranks"] == 1
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.yaml")))
+def test_dry_run_of_every_recipe_without_its_teacher(name, teacher, capsys):
+    needs_teacher = name == "sft.yaml" or (name.startswith("arith") and "teacher" not in name)
+    options = [f"teacher.model={teacher}"] if needs_teacher else []
+    code = cli.main(["run", str(RECIPES / name), *options, "--dry-run", "--json"])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    found = json.loads(captured.out)
+    assert found["device_hours"] > 0
+    assert all(stage["trainable_parameters"] > 0 for stage in found["stages"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=x", "seed: 'x' is not of type int"),
+        ("stages.hidden_state.learning_rate=1", "unknown key; accepted: kind, data, tokens"),
+        ("stages.0.batch_tokens=100", "batch_tokens: 100 must be a multiple of seq_len=64"),
+        ("teacher.model=/no/such/folder", "no such folder"),
+        ("student.layout.num_heads=3", "must be a multiple of num_heads=3"),
+        ("student.layout={ssm_state_size: 16}", "ssm_state_size"),
+        ("data.train.sources=[{kind: arith, steps: 3}]", "unknown key; accepted: kind, name"),
+        ("data.train.sources=[{kind: jsonl, path: /no/x.jsonl}]", "/no/x.jsonl"),
+        ("evaluation.data=other", "'other' is not defined; accepted: held-out, train"),
+        ("logging.tracker=wandb", "pip install 'thinkfast-distill[wandb]'"),
+    ],
+)
+def test_mistakes_are_one_line(override, message, teacher, tmp_path, capsys):
+    path = recipe(tmp_path, teacher)
+    assert run(path, override, "--run-dir", tmp_path / "run") == 2
+    text = capsys.readouterr().err.strip()
+    assert text.startswith("thinkfast-distill run: ")
+    assert message in text
+    assert "\n" not in text
+
+
+def test_teacher_that_is_not_finite(teacher, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in teacher.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    assert run(recipe(tmp_path, broken), "--run-dir", tmp_path / "run") == 2
+    assert "model.layers.1.mlp.up_proj.weight holds values that are not finite" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("words", [["status", "nowhere"], ["export", "nowhere", "out"]])
+def test_no_run_folder(words, capsys):
+    assert cli.main(words) == 2
+    assert "no run folder" in capsys.readouterr().err
+
+
+def test_help_does_not_import_torch():
+    code = (
+        "import sys; from thinkfast_distill import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'distill'}"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
