@@ -244,6 +244,9 @@ def _write_config(
 
 def _publish(partial: Path, out: Path) -> None:
     """Puts the finished folder in place of an earlier one; each step is a rename."""
+    for file in partial.glob("*.safetensors"):
+        # safetensors 0.8 makes files that only their owner can read.
+        shutil.copymode(partial / "config.json", file)
     if not out.is_dir():
         os.replace(partial, out)
         return

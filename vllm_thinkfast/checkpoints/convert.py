@@ -118,6 +118,9 @@ def convert_checkpoint(
             "num_bytes": num_bytes,
             "vllm_thinkfast": __version__,
         }
+        for file in partial.glob("*.safetensors"):
+            # safetensors 0.8 makes files that only their owner can read.
+            shutil.copymode(partial / "config.json", file)
         (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         if dst.exists():
             shutil.rmtree(dst)

@@ -67,6 +67,14 @@ def test_destination_in_the_way(tmp_path: Path) -> None:
     assert (dst / "model.safetensors").is_file()
 
 
+def test_weights_are_as_readable_as_the_rest(tmp_path: Path) -> None:
+    """A server often runs as another user than the one who converted."""
+    dst = tmp_path / "dst"
+    convert_checkpoint(write_checkpoint(tmp_path / "src", "m1"), dst)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in dst.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_folder_that_is_no_model(tmp_path: Path) -> None:
     """--overwrite does not delete a folder that never was a model, a home folder for example."""
     src = write_checkpoint(tmp_path / "src", "m1")
