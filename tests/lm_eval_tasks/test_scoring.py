@@ -64,5 +64,5 @@ def test_scoring_needs_neither_torch_nor_vllm_nor_lm_eval() -> None:
 
 def test_task_path_holds_the_definitions() -> None:
     names = sorted(path.name for path in task_path().glob("*/*.yaml"))
-    assert names == ["gsm8k_passk.yaml", "math500_passk.yaml"]
+    assert names == ["arith_passk.yaml", "gsm8k_passk.yaml", "math500_passk.yaml"]
     assert all((path.parent / "README.md").is_file() for path in task_path().glob("*/*.yaml"))
