@@ -1,7 +1,9 @@
 r"""``arith``: seeded multi-step arithmetic word problems with chain of thought and step labels.
 
-A problem is a number that changes step by step; its solution has one equation per line and ends in
-``#### <number>``, as in GSM8K. Problem ``index`` of a split is a function of (seed, split, index).
+A problem is a number that changes month by month; its solution has one equation per month and line
+and ends in ``#### <number>``, as in GSM8K. The months are keys: a step is looked up by its month and
+not by counting sentences, so that a model whose memory is a state of fixed size can learn the task
+as well as one with attention. Problem ``index`` of a split is a function of (seed, split, index).
 
 Which split a problem belongs to is decided by a hash of its arithmetic (start, operations,
 operands), not by chance: the text fixes the arithmetic, so no text, nor the same sums under other
@@ -35,17 +37,23 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 MISTAKES: tuple[Mistake, ...] = ("slip", "operator", "operand", "stale", "skip")
 NAMES = ("Anna", "Ben", "Cara", "Dan", "Emma", "Finn", "Gina", "Hugo")
 ITEMS = ("apples", "books", "coins", "eggs", "pens", "rocks", "shells", "stamps")
+MONTHS = (
+    "January", "February", "March", "April", "May", "June",
+    "July", "August", "September", "October", "November", "December",
+)  # fmt: skip
 SENTENCES: dict[Operator, tuple[str, ...]] = {
-    "+": ("{name} buys {n} more.", "{name} finds {n} more.", "{name} gets {n} more."),
-    "-": ("{name} sells {n}.", "{name} loses {n}.", "{name} gives away {n}."),
-    "*": ("Then {name} has {n} times as many.",),
-    "/": ("{name} gives away half.", "{name} sells half."),
+    "+": ("In {month} {name} buys {n}.", "In {month} {name} finds {n}."),
+    "-": ("In {month} {name} sells {n}.", "In {month} {name} loses {n}."),
+    "*": ("In {month} {name} has {n} times as many.",),
+    "/": ("In {month} {name} sells half.", "In {month} {name} loses half."),
 }
 #: Parts of a thousand of all problems that are kept for each split but train.
 _HELD_OUT: dict[Split, range] = {"test": range(50), "validation": range(50, 100)}
 #: One draw in twenty falls into a held-out split, so a thousand misses mean that it is empty.
 _MAX_TRIES = 1000
-_EQUATION = re.compile(r"\s*(\d{1,9})\s*([-+*/])\s*(\d{1,9})\s*=\s*(\d{1,9})\s*\.?\s*")
+_EQUATION = re.compile(
+    r"\s*(?:([A-Z][a-z]+):)?\s*(\d{1,9})\s*([-+*/])\s*(\d{1,9})\s*=\s*(\d{1,9})\s*\.?\s*"
+)
 _ANSWER = re.compile(r"\s*####\s*(-?\d{1,9})\s*")
 
 
@@ -57,7 +65,7 @@ class ArithSpec:
     """Fewest operations of a problem; the number is uniform between the two."""
 
     max_steps: int = 8
-    """Most operations of a problem."""
+    """Most operations of a problem; one per month, so at most 12."""
 
     max_value: int = 99
     """Largest value at any step. Up to 99 every number is one token of the ``arith`` tokenizer."""
@@ -66,10 +74,10 @@ class ArithSpec:
     """Largest number added or taken away; the smallest is 2."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_steps <= self.max_steps:
+        if not 1 <= self.min_steps <= self.max_steps <= len(MONTHS):
             raise DataError(
                 f"arith: min_steps={self.min_steps} and max_steps={self.max_steps} must satisfy "
-                "1 <= min_steps <= max_steps"
+                f"1 <= min_steps <= max_steps <= {len(MONTHS)}"
             )
         if self.max_operand < 2:
             raise DataError(f"arith: max_operand={self.max_operand} must be at least 2")
@@ -111,9 +119,9 @@ class Problem:
     def steps(self) -> list[str]:
         """The lines of the solution, the last being the answer."""
         lines, value = [], self.start
-        for operator, operand in self.operations:
+        for month, (operator, operand) in zip(MONTHS, self.operations, strict=False):
             result = compute(value, operator, operand)
-            lines.append(_equation(value, operator, operand, result))
+            lines.append(_line(month, value, operator, operand, result))
             value = result
         return [*lines, f"#### {value}"]
 
@@ -153,8 +161,8 @@ def compute(value: int, operator: Operator, operand: int) -> int:
     return value // operand
 
 
-def _equation(value: int, operator: Operator, operand: int, result: int) -> str:
-    return f"{value}{operator}{operand}={result}"
+def _line(month: str, value: int, operator: Operator, operand: int, result: int) -> str:
+    return f"{month}: {value}{operator}{operand}={result}"
 
 
 def split_of(structure: str) -> Split:
@@ -227,9 +235,9 @@ def _draw(rng: Random, spec: ArithSpec) -> Problem:
         operations.append((operator, operand))
     name, item = NAMES[rng.randrange(len(NAMES))], ITEMS[rng.randrange(len(ITEMS))]
     sentences = [f"{name} has {start} {item}."]
-    for operator, operand in operations:
-        choices = SENTENCES[operator]
-        sentences.append(choices[rng.randrange(len(choices))].format(name=name, n=operand))
+    for month, (operator, operand) in zip(MONTHS, operations, strict=False):
+        sentence = SENTENCES[operator][rng.randrange(len(SENTENCES[operator]))]
+        sentences.append(sentence.format(month=month, name=name, n=operand))
     sentences.append(f"How many {item} does {name} have now?")
     return Problem(start, tuple(operations), " ".join(sentences))
 
@@ -265,8 +273,8 @@ def label_steps(solution: str, sampled: str) -> list[bool]:
     """Labels what a model wrote, line by line.
 
     A line is right when its equation holds, its result is that of the same line of the solution,
-    and all lines before it are right; the answer line, when it is at its place with the right
-    number. ``7+17=24`` for ``17+7=24`` is right.
+    the month it names, if any, is that of this line, and all lines before it are right; the answer
+    line, when it is at its place with the right number. ``7+17=24`` for ``17+7=24`` is right.
 
     Args:
         solution: the true solution, `Problem.solution`.
@@ -284,27 +292,37 @@ def label_steps(solution: str, sampled: str) -> list[bool]:
     labels: list[bool] = []
     is_right = True
     for i, line in enumerate(line for line in sampled.split("\n") if line.strip()):
-        is_right = is_right and i < len(gold) and _result_of(line) == gold[i]
+        is_right = is_right and i < len(gold) and _agrees(_result_of(line), gold[i])
         labels.append(is_right)
     return labels
 
 
-def _result_of(line: str) -> tuple[bool, int] | None:
-    """(is it the answer line, its number), or None if it is neither or its equation is false."""
+def _result_of(line: str) -> tuple[str | None, int] | None:
+    """(what the line is about, its number), or None if it is no line or its equation is false.
+
+    The first is the month, None without one, and ``####`` for the answer.
+    """
     answer = _ANSWER.fullmatch(line)
     if answer:
-        return True, int(answer[1])
+        return "####", int(answer[1])
     match = _EQUATION.fullmatch(line)
     if match is None:
         return None
-    left, right, result = int(match[1]), int(match[3]), int(match[4])
-    if match[2] == "/":
+    left, right, result = int(match[2]), int(match[4]), int(match[5])
+    if match[3] == "/":
         holds = right != 0 and left == result * right
-    elif match[2] == "*":
+    elif match[3] == "*":
         holds = left * right == result
     else:
-        holds = (left + right if match[2] == "+" else left - right) == result
-    return (False, result) if holds else None
+        holds = (left + right if match[3] == "+" else left - right) == result
+    return (match[1], result) if holds else None
+
+
+def _agrees(found: tuple[str | None, int] | None, gold: tuple[str | None, int] | None) -> bool:
+    """Whether a line says what the solution says; the name of the month may be missing."""
+    if found is None or gold is None or found[1] != gold[1]:
+        return False
+    return found[0] == gold[0] or (found[0] is None and gold[0] != "####")
 
 
 def right_solution(one: Problem) -> LabelledSolution:
@@ -353,7 +371,7 @@ def _wrong_lines(one: Problem, rng: Random, kind: Mistake, place: int) -> list[s
     before = [one.start, *one.values]
     value = before[place]
     operator, operand = operations[place]
-    rest = operations[place + 1 :]
+    rest = list(zip(MONTHS, operations, strict=False))[place + 1 :]
     lines = one.steps[:place]
     if kind == "skip":
         if not rest:
@@ -378,13 +396,13 @@ def _wrong_lines(one: Problem, rng: Random, kind: Mistake, place: int) -> list[s
         result = compute(used, operator, operand) if result is None else result
         if result < 0:
             return None
-        lines.append(_equation(used, operator, operand, result))
+        lines.append(_line(MONTHS[place], used, operator, operand, result))
         value = result
-    for operator, operand in rest:
+    for month, (operator, operand) in rest:
         result = compute(value, operator, operand)
         if result < 0:
             return None  # a model would not go on like this, but it does halve odd numbers
-        lines.append(_equation(value, operator, operand, result))
+        lines.append(_line(month, value, operator, operand, result))
         value = result
     return [*lines, f"#### {value}"]
 

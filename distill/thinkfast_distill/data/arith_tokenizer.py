@@ -1,4 +1,4 @@
-"""The tokenizer of the ``arith`` problems, built by code: byte-level BPE of fewer than 500 tokens.
+"""The tokenizer of the ``arith`` problems, built by code: byte-level BPE of 514 tokens.
 
 Every number from 0 to 99 and every word of the problems is one token: with digits as tokens a model
 of this size learns the sums many times more slowly. Any other text is still encoded, byte by byte.
@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from thinkfast_distill.data.arith import ITEMS, NAMES, SENTENCES
+from thinkfast_distill.data.arith import ITEMS, MONTHS, NAMES, SENTENCES
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -73,9 +73,9 @@ def _words() -> list[str]:
     """The words as the pre-tokeniser sees them; ``Ġ`` is the space before a word."""
     texts = [f"{sentence} {sentence}" for choices in SENTENCES.values() for sentence in choices]
     texts.append("X has apples. How many X does X have now?")
-    words = {f" {name}" for name in NAMES} | {f" {item}" for item in ITEMS} | set(NAMES)
+    words = {f" {word}" for word in (*NAMES, *ITEMS, *MONTHS)} | set(NAMES) | set(MONTHS) | {"In"}
     for text in texts:
-        for piece in text.replace("{name}", "X").replace("{n}", "1").split()[1:]:
+        for piece in text.replace("{month} {name}", "X").replace("{n}", "1").split()[1:]:
             word = piece.strip(".?")
             if word.isalpha() and word != "X":
                 words.add(f" {word}")

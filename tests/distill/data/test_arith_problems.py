@@ -5,6 +5,7 @@ import pytest
 
 from thinkfast_distill.data.arith import (
     MISTAKES,
+    MONTHS,
     SPLITS,
     ArithSpec,
     label_steps,
@@ -25,15 +26,22 @@ def _arithmetic(question):
     parts = question.split(". ")
     found = [parts[0].split(" has ")[1].split()[0]]
     for part in parts[1:-1]:
+        assert part.startswith(f"In {MONTHS[len(found) - 1]} ")
         number = next((word for word in part.split() if word.isdigit()), "2")
         if "half" in part:
             found.append("/2")
         elif "times" in part:
             found.append(f"*{number}")
         else:
-            is_more = any(verb in part for verb in ("buys", "finds", "gets"))
+            is_more = any(verb in part for verb in ("buys", "finds"))
             found.append(("+" if is_more else "-") + number)
     return " ".join(found)
+
+
+def _sides(line):
+    """The sum and the result of a line, as texts."""
+    left, right = line.split(": ")[1].split("=")
+    return left, right
 
 
 def test_problem_is_a_function_of_seed_split_and_index():
@@ -45,10 +53,12 @@ def test_problem_is_a_function_of_seed_split_and_index():
 def test_problem_never_changes():
     """The shipped test set and the trained models depend on it."""
     one = problem("test", 0)
-    assert one.structure == "23 +4 -9 +5 +5 -5 *3 -8"
-    assert one.question.startswith("Cara has 23 shells. Cara gets 4 more. Cara loses 9.")
-    assert one.solution.startswith("23+4=27\n27-9=18\n")
-    assert one.solution.endswith("\n#### 61")
+    assert one.structure == "5 +3 -4 /2 +8"
+    assert one.question == (
+        "Anna has 5 books. In January Anna buys 3. In February Anna loses 4. In March Anna sells "
+        "half. In April Anna buys 8. How many books does Anna have now?"
+    )
+    assert one.solution == "January: 5+3=8\nFebruary: 8-4=4\nMarch: 4/2=2\nApril: 2+8=10\n#### 10"
 
 
 def test_the_text_fixes_the_split():
@@ -100,8 +110,9 @@ def test_steps_follow_from_each_other():
     for i in range(100):
         one = problem("train", i)
         value = one.start
-        for line in one.steps[:-1]:
-            left, right = line.split("=")
+        for month, line in zip(MONTHS, one.steps[:-1], strict=False):
+            assert line.startswith(f"{month}: ")
+            left, right = _sides(line)
             assert int(left.replace("*", " ").replace("/", " ").replace("+", " ")
                        .replace("-", " ").split()[0]) == value  # fmt: skip
             assert eval(left.replace("/", "//")) == int(right)
@@ -121,23 +132,17 @@ def test_with_mistake_plants_one(kind):
         assert len(wrong.labels) == len(wrong.steps)
         first = wrong.labels.index(False)
         assert not any(wrong.labels[first:]), "all lines after the first mistake count as wrong"
-        if kind != "skip":  # without a step, 2*2=4 may stand where 2+2=4 was
-            assert list(wrong.steps[:first]) == one.steps[:first]
+        assert list(wrong.steps[:first]) == one.steps[:first]
         assert wrong.steps[first] != one.steps[first]
         assert wrong.labels == tuple(label_steps(one.solution, "\n".join(wrong.steps)))
         places.add(first)
         # What follows is consistent: the mistake is the only one.
         for line in wrong.steps[first + 1 : -1]:
-            left, right = line.split("=")
+            left, right = _sides(line)
             assert eval(left.replace("/", "//")) == int(right)
-        if kind == "slip":
-            assert eval(wrong.steps[first].split("=")[0].replace("/", "//")) != int(
-                wrong.steps[first].split("=")[1]
-            )
-        elif kind != "skip":
-            assert eval(wrong.steps[first].split("=")[0].replace("/", "//")) == int(
-                wrong.steps[first].split("=")[1]
-            )
+        if kind != "skip":
+            left, right = _sides(wrong.steps[first])
+            assert (eval(left.replace("/", "//")) == int(right)) == (kind != "slip")
         if kind == "skip":
             assert len(wrong.steps) == len(one.steps) - 1
     assert len(places) > 4
@@ -154,13 +159,16 @@ def test_with_mistake_uses_all_kinds_and_refuses_the_impossible():
             with_mistake(one_step, rng, kind)
 
 
-SOLUTION = "17+7=24\n24-4=20\n#### 20"
+SOLUTION = "January: 17+7=24\nFebruary: 24-4=20\n#### 20"
 
 
 @pytest.mark.parametrize(
     ("sampled", "labels"),
     [
         (SOLUTION, [True, True, True]),
+        ("17+7=24\nFebruary: 24-4=20\n#### 20", [True, True, True]),
+        ("January: 17+7=24\nMarch: 24-4=20\n#### 20", [True, False, False]),
+        ("####: 17+7=24\n24-4=20", [False, False]),
         ("7+17=24\n\n 24 - 4 = 20\n####20\n", [True, True, True]),
         ("17+7=25\n25-5=20\n#### 20", [False, False, False]),
         ("17+7=24\n24-5=20\n#### 20", [True, False, False]),
@@ -199,6 +207,7 @@ def test_right_solution_is_right():
     [
         ({"min_steps": 0}, "min_steps=0"),
         ({"min_steps": 9}, "1 <= min_steps <= max_steps"),
+        ({"max_steps": 13}, "max_steps=13 must satisfy 1 <= min_steps <= max_steps <= 12"),
         ({"max_operand": 1}, "max_operand=1 must be at least 2"),
         ({"max_value": 12}, "at least twice max_operand=9"),
     ],
