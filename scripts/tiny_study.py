@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import statistics
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -70,22 +71,17 @@ def variants() -> list[Variant]:
     one, two, forward, reverse = STAGES
     pure = {one: 150_000, two: 500_000, forward: 700_000, reverse: 300_000}
     hybrid = {two: 300_000, forward: 500_000, reverse: 200_000}
-    found = []
-    for name, recipe, tokens in (("Llamba", LLAMBA, pure), ("hybrid", HYBRID, hybrid)):
-
-        def add(what: str, tokens: dict[str, int], name: str = name, recipe: str = recipe,
-                **changes: Any) -> None:  # fmt: skip
-            found.append(Variant(f"{name}, {what}" if what else name, recipe, tokens, **changes))
-
-        add("", tokens, with_stages=True)
-        add("init random", tokens, init="random")
-        if recipe == LLAMBA:
-            add("init mohawk", tokens, init="mohawk")
-            add("without stage 1", _moved(tokens, one, two))
-        add("without stage 2", _moved(tokens, two, forward))
-        add("forward KL only", tokens, losses={reverse: "forward_kl"})
-        add("reverse KL only", tokens, losses={forward: "reverse_kl"})
-    return found
+    return [
+        Variant("Llamba", LLAMBA, pure, with_stages=True),
+        Variant("Llamba, init random", LLAMBA, pure, init="random"),
+        Variant("Llamba, without stage 1", LLAMBA, _moved(pure, one, two)),
+        Variant("Llamba, forward KL only", LLAMBA, pure, losses={reverse: "forward_kl"}),
+        Variant("Llamba, reverse KL only", LLAMBA, pure, losses={forward: "reverse_kl"}),
+        Variant("hybrid", HYBRID, hybrid, with_stages=True),
+        Variant("hybrid, init random", HYBRID, hybrid, init="random"),
+        Variant("hybrid, forward KL only", HYBRID, hybrid, losses={reverse: "forward_kl"}),
+        Variant("hybrid, reverse KL only", HYBRID, hybrid, losses={forward: "reverse_kl"}),
+    ]
 
 
 def _moved(tokens: dict[str, int], source: str, target: str) -> dict[str, int]:
@@ -274,6 +270,11 @@ def draw(study: dict[str, Any], path: Path) -> None:
         plt.close(figure)
 
 
+def _git_commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="tiny_study", description=__doc__)
@@ -295,6 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
         with ThreadPoolExecutor(max_workers=2) as pool:
             found = list(pool.map(lambda job: run_variant(job[0], runs, job[1]), jobs))
         study = {
+            "git_commit": _git_commit(),
             "teacher": sample(teacher, runs / "teacher", NUM_PROBLEMS, NUM_SAMPLES),
             "num_problems": NUM_PROBLEMS,
             "num_samples": NUM_SAMPLES,

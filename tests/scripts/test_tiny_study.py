@@ -1,0 +1,79 @@
+"""The recipes of the study are valid and change one thing each; tables and figure."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from scripts.tiny_models import RECIPES
+from scripts.tiny_study import BATCH_TOKENS, STAGES, Variant, draw, tables, variants
+from thinkfast_distill.config import load
+
+VARIANTS = variants()
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+def test_recipe_is_valid(variant: Variant, tmp_path: Path) -> None:
+    path = tmp_path / "one.yaml"
+    names = variant.write(path, seed=7)
+    assert names == [stage for stage in STAGES if stage in variant.tokens]
+    config = load(path)
+    assert (config.name, config.seed, config.student.init) == ("one", 7, variant.init)
+    assert [stage.name for stage in config.stages] == names
+    assert [stage.tokens for stage in config.stages] == [variant.tokens[name] for name in names]
+    assert {stage.batch_tokens for stage in config.stages} == {BATCH_TOKENS}
+    for stage in config.stages:
+        shipped = load(RECIPES / variant.recipe)
+        (same,) = (s for s in shipped.stages if s.name == stage.name)
+        expected = variant.losses.get(str(stage.name), same.loss.kind)
+        assert stage.loss.kind == expected
+
+
+@pytest.mark.parametrize("kind", ["Llamba", "hybrid"])
+def test_variants_have_the_same_budget(kind: str) -> None:
+    of_kind = [v for v in VARIANTS if v.name.split(",")[0] == kind]
+    assert len(of_kind) >= 4
+    assert len({sum(v.tokens.values()) for v in of_kind}) == 1
+    assert [v.name for v in of_kind if v.with_stages] == [kind]
+
+
+def _result(name: str, seed: int, kl: float, pass_1: float, *, whole: bool) -> dict[str, Any]:
+    metrics = {"reverse_kl": kl, "forward_kl": kl / 2, "top1_agreement": 1 - kl / 10}
+    passk = {"pass@1": pass_1, "pass@1_stderr": 0.01, "pass@16": 0.75, "pass@16_stderr": 0.02}
+    return {
+        "name": name,
+        "seed": seed,
+        "start": {key: 10 * value for key, value in metrics.items()},
+        "stages": [
+            {"name": "hidden_state", "tokens": 1000, "passk": passk if whole else None, **metrics},
+            {"name": "end_to_end", "tokens": 2000, "passk": passk, **metrics},
+        ],
+        "curve": [[0, 9.0, 9.0, 0.1], [3000, *metrics.values()]],
+    }
+
+
+def test_tables_and_figure(tmp_path: Path) -> None:
+    study = {
+        "teacher": {"pass@1": 0.6, "pass@1_stderr": 0.03, "pass@16": 0.9, "pass@16_stderr": 0.01},
+        "variants": [
+            _result("Llamba", 0, 0.5, 0.4, whole=True),
+            _result("Llamba, init random", 0, 1.5, 0.1, whole=False),
+            _result("Llamba, init random", 1, 2.5, 0.3, whole=False),
+            _result("hybrid", 0, 0.25, 0.5, whole=True),
+        ],
+    }
+    text = tables(study)
+    assert "| Llamba, seed 0 | start | 0 | 5.000 | 2.500 |" in text
+    assert "| | hidden_state | 1,000 | 0.500 | 0.250 | 0.950 | 0.400 ± 0.010 |" in text
+    assert "| Llamba, init random | 2 | 2.000 (1.500 to 2.500) |" in text
+    assert "0.200 (0.100 to 0.300) | 0.750 (0.750 to 0.750) |" in text
+    draw(study, tmp_path / "study.png")
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_write_leaves_the_shipped_recipe_as_it_is(tmp_path: Path) -> None:
+    before = (RECIPES / VARIANTS[0].recipe).read_bytes()
+    VARIANTS[0].write(tmp_path / "one.yaml", 0)
+    assert (RECIPES / VARIANTS[0].recipe).read_bytes() == before
+    assert yaml.safe_load((tmp_path / "one.yaml").read_text())["name"] == "one"
