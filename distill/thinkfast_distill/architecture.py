@@ -201,6 +201,7 @@ def _mamba_in_llama(
         mlp_bias=bool(getattr(teacher, "mlp_bias", False)),
         tie_word_embeddings=bool(teacher.tie_word_embeddings),
         attention_layers=attention_layers,
+        sliding_window=_shared_window(teacher, attention_layers),
         mamba_version=layout.mamba_version,
         mamba_num_heads=q_size // state,
         mamba_n_groups=kv_size // state,
@@ -211,6 +212,28 @@ def _mamba_in_llama(
         use_gated_norm=layout.use_gated_norm,
         chunk_size=layout.chunk_size,
     )
+
+
+def attention_window(teacher: PretrainedConfig, i: int) -> int | None:
+    """Tokens that a query of layer i sees, itself included; None: all before it."""
+    size = getattr(teacher, "sliding_window", None)
+    kinds = getattr(teacher, "layer_types", None)
+    if size is None or (kinds is not None and kinds[i] != "sliding_attention"):
+        return None
+    return int(size)
+
+
+def _shared_window(teacher: PretrainedConfig, attention_layers: list[int]) -> int | None:
+    """The one window of all layers that keep attention (Mistral, some Qwen2)."""
+    kept = [i for i in attention_layers if 0 <= i < teacher.num_hidden_layers]
+    windows = {i: attention_window(teacher, i) for i in kept}
+    if len(set(windows.values())) > 1:
+        listed = ", ".join(f"{i}: {window or 'all tokens'}" for i, window in windows.items())
+        raise RecipeError(
+            f"attention_layers: the teacher's layers have different windows ({listed}), which a "
+            "student cannot have; keep layers with the same window."
+        )
+    return next(iter(windows.values()), None)
 
 
 def _llama(layout: LlamaLayout, tokenizer_size: int | None) -> LlamaConfig:

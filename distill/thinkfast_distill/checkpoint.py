@@ -190,9 +190,10 @@ class CheckpointStore:
             raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
 
     def _publish(self, partial: Path, final: Path) -> None:
-        if final.exists():  # the same step saved again after a resume
-            shutil.rmtree(final)
+        if final.exists():  # the same step saved again, after a resume from an older checkpoint
+            os.replace(final, self.folder / f"{_PARTIAL}replaced")
         os.replace(partial, final)
+        shutil.rmtree(self.folder / f"{_PARTIAL}replaced", ignore_errors=True)
         pointer = self.folder / f".{LATEST}"
         _write_synced(pointer, final.name + "\n")
         os.replace(pointer, self.folder / LATEST)

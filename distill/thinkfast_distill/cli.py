@@ -1,8 +1,8 @@
-"""Command line: ``thinkfast-distill run | status | export``.
+"""Command line: ``thinkfast-distill run | status | plot | export``.
 
-Exit codes: 0 when everything asked for was done, 1 when something failed that is not the user's
-doing (no space left, loss not finite), 2 for a mistake that the message says how to mend, 143 after
-SIGTERM and 130 after an interrupt, both with the state saved.
+Exit codes: 0 when everything asked for was done; 2 when it was not, with one line that names the
+cause and the fix (a mistake in the recipe or the data, no space left, a loss that is not finite);
+143 after SIGTERM and 130 after an interrupt, both with the state saved.
 """
 
 # ruff: noqa: T201  (a command line prints)
@@ -43,10 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         code: int = options.run(options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, CheckpointError, TrainingError) as error:
         return _fail(options.verb, error, 2)
-    except (CheckpointError, TrainingError, OSError) as error:
-        return _fail(options.verb, error, 1)
     except Interrupted as request:
         return _fail(options.verb, f"stopped by {request}, state saved", 128 + request.signum)
     return code
@@ -82,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
     status.add_argument("--json", action="store_true", help="machine-readable output")
     status.set_defaults(run=_status)
+
+    plot = verbs.add_parser("plot", help="draw the held-out curves of runs")
+    plot.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="run folder")
+    plot.add_argument("out", type=Path, metavar="OUT", help="file to write: .png, .pdf or .svg")
+    plot.set_defaults(run=_plot)
 
     export = verbs.add_parser("export", help="write a Hugging Face folder that vLLM serves")
     export.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
@@ -134,6 +137,14 @@ def _status(options: argparse.Namespace) -> int:
 
     found: dict[str, Any] = status.read_status(options.run_dir)
     print(json.dumps(found, indent=2) if options.json else status.render(found))
+    return 0
+
+
+def _plot(options: argparse.Namespace) -> int:
+    from thinkfast_distill import plot
+
+    plot.draw(options.run_dirs, options.out)
+    print(f"{options.out}: written")
     return 0
 
 

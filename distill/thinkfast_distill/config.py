@@ -170,7 +170,8 @@ class StudentConfig:
     Everything that is not a mixer is copied from the teacher."""
 
     weights: str | None = None
-    """An exported student folder to start from instead of ``init``; its layout must match."""
+    """An exported student folder to start from instead of ``init``; its layout must match, but a
+    ``llama`` may have more layers: those on top are fresh and pass their input on at first."""
 
     tokenizer: str | None = None
     """``llama`` only: folder or hub name of the tokenizer to train with, or ``builtin:arith`` for

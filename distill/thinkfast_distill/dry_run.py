@@ -9,7 +9,7 @@ from typing import Any
 
 from thinkfast_distill import architecture, costs, parts, recipe
 from thinkfast_distill.config import RunConfig
-from thinkfast_distill.freeze import freeze_lines
+from thinkfast_distill.freeze import freeze_table
 
 _GB = 1e9
 
@@ -37,9 +37,11 @@ def report(config: RunConfig) -> dict[str, Any]:
     for i, stage in enumerate(config.stages):
         student_config = parts.student_config(config, teacher_config, tokenizer, i)
         student = costs.model_cost(student_config)
-        trained = parts.trainable_counts(config, i, student_config)
+        model, objective = parts.stage_without_weights(config, i, student_config, None)
+        named = dict(model.named_parameters())
+        trained = objective.trainable_parameters()
         flops = costs.stage_cost(config, stage, student, teacher)
-        trainable = sum(count for _, count, is_trained in trained if is_trained)
+        trainable = sum(named[name].numel() for name in trained)
         memory = costs.memory_estimate(
             config, stage, student_config, student, teacher, trainable, num_ranks
         )
@@ -50,7 +52,9 @@ def report(config: RunConfig) -> dict[str, Any]:
                 "kind": stage.kind,
                 "student_parameters": {**student.parameters, "all": student.total},
                 "trainable_parameters": trainable,
-                "freeze_table": freeze_lines(trained),
+                "freeze_table": freeze_table(
+                    named.items(), trained, objective.partly_trained_parameters()
+                ),
                 "steps": stage.num_steps,
                 "tokens": stage.num_steps * stage.batch_tokens,
                 "flops_per_token": {**vars(flops), "all": flops.per_token},

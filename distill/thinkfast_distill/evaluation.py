@@ -1,7 +1,8 @@
 """Held-out measurements: always the same batches, so that the numbers of a run are one curve.
 
 Every stage is measured by its own objective and, where there is a teacher, end to end: KL both
-ways, cross entropies, top-1 agreement. So it shows what each stage pays for the whole model.
+ways, cross entropies, top-1 agreement. So it shows what each stage pays for the whole model. On
+held-out step labels, a process reward model is also measured as such, see `step_metrics`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from thinkfast_distill import metrics, parts
+from thinkfast_distill import metrics, parts, step_metrics
 from thinkfast_distill.config import RunConfig, StageConfig
 from thinkfast_distill.distributed import World
 
@@ -68,9 +69,20 @@ class Evaluation:
                     prefix = f"{kind}_" if len(measured) > 1 and one is objective else ""
                     whole = {key: value for key, value in figures.items() if key[-1:].isalpha()}
                     found.update({prefix + key: value for key, value in whole.items()})
+                if parts.counts_step_labels(self._config, self._config.evaluation.data):
+                    found.update(self._step_figures(student))
         finally:
             student.train(was_training)
         return found
+
+    def _step_figures(self, student: Any) -> dict[str, float]:
+        good_id, bad_id = step_metrics.label_ids(self._tokenizer)
+        sums: dict[str, float] = {}
+        for held_out in self._held_out():
+            batch = held_out.to(self._world.device)
+            hidden, head = student.hidden(batch), student.head_weight()
+            metrics.add_sums(sums, step_metrics.step_sums(hidden, head, batch, good_id, bad_id))
+        return step_metrics.step_figures(metrics.sum_over_ranks(sums, self._world))
 
     def _held_out(self) -> list[PackedBatch]:
         if self._batches is None:

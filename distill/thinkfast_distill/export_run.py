@@ -27,7 +27,30 @@ _CARD_METRICS = (
     "top1_agreement",
     "cross_entropy",
     "teacher_cross_entropy",
+    "step_accuracy",
+    "step_recall_right",
+    "step_recall_wrong",
+    "step_balanced_accuracy",
+    "step_no_error_found",
+    "step_first_error_found",
+    "step_f1",
 )
+_REWARD_MODEL = """\
+A process reward model: it scores the steps of a solution, with RLHFlow's protocol
+(https://github.com/RLHFlow/RLHF-Reward-Modeling, `math-rm`).
+
+* Input: a conversation rendered with this folder's chat template, without a system turn. The first
+  user turn is the question, a space and the first step, every other user turn the next step; every
+  assistant turn is `+`, whatever its score.
+* Score of a step: softmax over the logits of the tokens `+` and `-` at the position that predicts
+  the assistant's token; the probability of `+`.
+* Labels: a step is wrong if it or a step before it is.
+* Metrics `step_*` are on held-out solutions at a threshold of 0.5: `recall` of single labels and
+  their mean `balanced_accuracy`; `first_error_found` is the part of wrong solutions whose first
+  wrong step is found exactly, `no_error_found` that of right solutions without a false alarm, `f1`
+  their harmonic mean (ProcessBench)."""
+_ARITH_STEPS = """\
+* Steps: the lines of a solution, with the answer line `#### <number>`; `"\\n"` separates them."""
 
 
 def export_run(run: Path, out: Path) -> Path:
@@ -100,6 +123,7 @@ def _card(config: RunConfig, checkpoint: Checkpoint, run: Path) -> dict[str, Any
         "license": config.export.license,
         "teacher": None if config.teacher is None else config.teacher.model,
         "kind": config.student.kind,
+        "notes": _notes(config),
         "data": progress.source_tokens,
         "stages": stages,
         "evaluation": stages[-1]["metrics"] if stages else None,
@@ -113,6 +137,15 @@ def _card(config: RunConfig, checkpoint: Checkpoint, run: Path) -> dict[str, Any
         },
     }
     return {key: value for key, value in facts.items() if value not in (None, {}, [])}
+
+
+def _notes(config: RunConfig) -> str | None:
+    """What a user of the model must know and cannot see from the files."""
+    if not parts.is_reward_model(config):
+        return None
+    sources = config.data[config.stages[-1].data].sources
+    is_arith = all(source["kind"] == "arith" for source in sources)
+    return "\n".join([_REWARD_MODEL, *([_ARITH_STEPS] if is_arith else [])])
 
 
 def _command(words: list[str]) -> str:

@@ -48,6 +48,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from thinkfast_distill.architecture import attention_window, head_dim_of
 from thinkfast_distill.students.attention import Attention
 from thinkfast_distill.students.common import ShortConv
 from thinkfast_distill.students.llamba import DiscreteMamba2
@@ -107,12 +108,6 @@ def initialise(student: Student, teacher: Any, how: How = "mohawk", seed: int = 
 
 
 _ATTENTION = tuple(f"{p}_proj.{part}" for part in ("weight", "bias") for p in "qkvo")
-
-
-def head_dim_of(teacher: Any) -> int:
-    """Width of one attention head; some configurations leave it to the quotient."""
-    stated = getattr(teacher, "head_dim", None)
-    return int(stated or teacher.hidden_size // teacher.num_attention_heads)
 
 
 def expand_heads(rows: torch.Tensor, head_dim: int, num_heads: int) -> torch.Tensor:
@@ -188,12 +183,13 @@ def _check_rope(student: Student, model: Any) -> None:
             f"rope_parameters: the student has {student.config.rope_parameters!r}, the teacher "
             f"{model.config.rope_parameters!r}; attention layers that stay need the teacher's."
         )
-    window = getattr(model.config, "sliding_window", None)
-    if student.config.sliding_window != window:
-        raise ValueError(
-            f"sliding_window: the student has {student.config.sliding_window}, the teacher "
-            f"{window}; attention layers that stay need the teacher's."
-        )
+    for i in (i for i in range(student.num_layers) if student.is_attention(i)):
+        window = attention_window(model.config, i)
+        if student.config.sliding_window != window:
+            raise ValueError(
+                f"sliding_window: the student has {student.config.sliding_window}, layer {i} of "
+                f"the teacher {window}; attention layers that stay need the teacher's."
+            )
 
 
 def _copy_shared(student: Student, source: Mapping[str, torch.Tensor]) -> None:

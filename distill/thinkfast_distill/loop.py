@@ -154,8 +154,10 @@ class Trainer:
         config, world = self.config, self.world
         self.teacher_config = parts.teacher_config(config)
         self.tokenizer = parts.tokenizer(config)
+        parts.check_vocabulary(self.tokenizer, self.teacher_config)
         self.log = self._open_log()
         self.teacher = parts.load_teacher(config)
+        self._check_later_stages()
         parts.place_teacher(self.teacher, config, world)
         self.evaluation = Evaluation(config, world, self.tokenizer, self.teacher)
         self._peak_flops_per_s = self._peak()
@@ -213,19 +215,10 @@ class Trainer:
         self._flops_per_token = costs.stage_cost(
             config, stage, student_cost, teacher_cost
         ).per_token
-        if not is_unfinished:
-            self.log.message(f"stage {stage.name} ({stage.kind}), {stage.num_steps} steps")
-            for line in freeze_table(self.student.named_parameters()):
-                self.log.message("  " + line)
-        loader = parts.loader(
-            config,
-            self.tokenizer,
-            data=stage.data,
-            seq_len=stage.seq_len,
-            batch_rows=stage.batch_rows,
-            purpose=str(stage.name),
-            state=self.progress.data_state,
-        )
+        self.log.message(f"stage {stage.name} ({stage.kind}), {stage.num_steps} steps")
+        for line in freeze_table(self.student.named_parameters(), names, no_decay):
+            self.log.message("  " + line)
+        loader = self._loader(stage, self.progress.data_state)
         template = getattr(loader, "chat_template", None)
         if world.is_main and template is not None:
             # The export must carry the template that was trained with.
@@ -273,15 +266,15 @@ class Trainer:
         sums = metrics.sum_over_ranks(sums, self.world)
         squares = optimiser.squared_norms(self._parameters, self.world)
         norm = math.sqrt(sum(squares.values())) if metrics.is_finite(squares) else math.nan
-        is_good = math.isfinite(norm) and metrics.is_finite(sums) and counts["counted"] > 0
-        if is_good:
+        reason = _reason_to_skip(norm, sums, counts)
+        if reason is None:
             optimiser.clip(self._parameters.values(), norm, stage.clip_norm)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._advance(stage, counts, data_state, is_skipped=not is_good)
+        self._advance(stage, counts, data_state, is_skipped=reason is not None)
         elapsed = time.perf_counter() - begin
         self.progress.elapsed_s += elapsed
-        record = self._record("train" if is_good else "skip", stage)
+        record = self._record("train" if reason is None else "skip", stage)
         figures = parts.normalised(stage.kind, sums)
         record.update({key: value for key, value in figures.items() if key[-1:].isalpha()})
         # Figures per layer (alignment_3 and its trivial baseline_3) as lists.
@@ -290,7 +283,7 @@ class Trainer:
         record["grad_norm_by_part"] = {part: math.sqrt(max(s, 0.0)) for part, s in squares.items()}
         record["lr"] = lr
         record.update(self._throughput(stage, counts, elapsed))
-        self._after_step(stage, batch, record, is_good=is_good)
+        self._after_step(stage, batch, record, reason)
 
     def _backward(self, stage: StageConfig, batch: PackedBatch, counted: float) -> dict[str, float]:
         """Gradients of the global batch's loss with respect to this rank's rows; sums to log."""
@@ -375,7 +368,7 @@ class Trainer:
         return figures
 
     def _after_step(
-        self, stage: StageConfig, batch: PackedBatch, record: dict[str, Any], *, is_good: bool
+        self, stage: StageConfig, batch: PackedBatch, record: dict[str, Any], reason: str | None
     ) -> None:
         progress, config = self.progress, self.config
         sources = self.world.gather(batch.source_tokens)
@@ -383,13 +376,14 @@ class Trainer:
             for source, count in tokens.items():
                 progress.source_tokens[source] = progress.source_tokens.get(source, 0) + count
         record["source_tokens"] = dict(progress.source_tokens)
-        if not is_good:
+        if reason is not None:
+            record["reason"] = reason
             samples = self.world.gather(batch.sample_ids)
             record["sample_ids"] = [row for rows in samples for row in rows]
             self.log.write(record)
-            self.log.message(f"step {progress.step}: loss or gradient not finite, step skipped")
+            self.log.message(f"step {progress.step}: {reason}, step skipped")
             if progress.skipped_in_a_row >= config.compute.max_skipped_steps:
-                raise TrainingError(_not_finite_message(progress, record["sample_ids"]))
+                raise TrainingError(_skipped_message(progress, reason, record["sample_ids"]))
         elif progress.step % config.logging.every_steps == 0:
             self.log.write(record)
         self.log.progress(
@@ -461,6 +455,28 @@ class Trainer:
                 f"evaluation.batch_rows: {rows} must be a multiple of the {self.world.size} ranks."
             )
 
+    def _check_later_stages(self) -> None:
+        """Finds what would stop a later stage now, and not after hours of training."""
+        checked = {self.config.stages[self.progress.stage].data}
+        for i in range(self.progress.stage, len(self.config.stages)):
+            stage = self.config.stages[i]
+            sizes = parts.student_config(self.config, self.teacher_config, self.tokenizer, i)
+            parts.stage_without_weights(self.config, i, sizes, self.teacher)
+            if stage.data not in checked:
+                checked.add(stage.data)
+                self._loader(stage, state=None)
+
+    def _loader(self, stage: StageConfig, state: dict[str, Any] | None) -> Any:
+        return parts.loader(
+            self.config,
+            self.tokenizer,
+            data=stage.data,
+            seq_len=stage.seq_len,
+            batch_rows=stage.batch_rows,
+            purpose=str(stage.name),
+            state=state,
+        )
+
     def _open_log(self) -> run_log.RunLog:
         config, run = self.config, self.run_folder
         tracker = None
@@ -523,6 +539,8 @@ _SHOWN = (
     "teacher_cross_entropy",
     "top1_agreement",
     "top1_accuracy",
+    "step_balanced_accuracy",
+    "step_f1",
     "hidden_state_loss",
     "hidden_state_baseline",
     "matrix_mixing_loss",
@@ -550,13 +568,22 @@ def _progress_text(stage: StageConfig, progress: Progress, record: dict[str, Any
     )
 
 
-def _not_finite_message(progress: Progress, sample_ids: list[list[str]]) -> str:
+def _reason_to_skip(norm: float, sums: dict[str, float], counts: dict[str, float]) -> str | None:
+    """Why a step must not update anything; None if it may."""
+    if counts["counted"] == 0:
+        return "nothing in the batch counts for the loss"
+    if not (math.isfinite(norm) and metrics.is_finite(sums)):
+        return "loss or gradient not finite"
+    return None
+
+
+def _skipped_message(progress: Progress, reason: str, sample_ids: list[list[str]]) -> str:
     listed = [sample for row in sample_ids for sample in row]
     more = f" and {len(listed) - 12} more" if len(listed) > 12 else ""
     return (
-        f"step {progress.step}: loss or gradient not finite in {progress.skipped_in_a_row} steps "
-        f"in a row; samples of the last one: {', '.join(listed[:12])}{more}. The last checkpoint "
-        "is from before; look at these samples, lower the learning rate or raise "
+        f"step {progress.step}: {progress.skipped_in_a_row} steps in a row were skipped, the last "
+        f"because: {reason}; samples of the last one: {', '.join(listed[:12])}{more}. The last "
+        "checkpoint is from before; look at these samples, lower the learning rate or raise "
         "compute.max_skipped_steps."
     )
 

@@ -27,6 +27,7 @@ from thinkfast_distill.recipe import RecipeError
 
 if TYPE_CHECKING:
     from thinkfast_distill.batch import PackedBatch
+    from thinkfast_distill.data.source_config import SourceConfig
     from thinkfast_distill.students.backends import Backend
 
 ROOT_METHODS = ("embed", "hidden", "layer", "mixer", "mixer_matrix", "head_weight")
@@ -55,8 +56,10 @@ def load_teacher(config: RunConfig) -> Any:
     """The frozen teacher on the CPU, or None without one.
 
     Raises:
-        RecipeError: a weight is not finite; distilling it could only end in a NaN.
+        RecipeError: it cannot be read, or a weight is not finite, which could only end in a NaN.
     """
+    from safetensors import SafetensorError
+
     from thinkfast_distill.teacher import Teacher
 
     if config.teacher is None:
@@ -66,7 +69,14 @@ def load_teacher(config: RunConfig) -> Any:
     )
     dtype = getattr(torch, config.teacher.dtype)
     transformers.utils.logging.disable_progress_bar()  # there is one line of progress, ours
-    teacher = Teacher.from_folder(folder, dtype, gguf_file=config.teacher.gguf_file)
+    try:
+        teacher = Teacher.from_folder(folder, dtype, gguf_file=config.teacher.gguf_file)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise RecipeError(
+            f"teacher.model: {folder}: cannot be loaded: {first_line}; download the checkpoint "
+            "again."
+        ) from error
     for name, parameter in teacher.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise RecipeError(
@@ -134,6 +144,22 @@ def tokenizer(config: RunConfig) -> Any:
         raise RecipeError(f"tokenizer: {folder}: cannot be loaded: {first_line}") from error
 
 
+def check_vocabulary(tokenizer: Any, teacher: PretrainedConfig | None) -> None:
+    """Refuses a tokenizer with ids that the teacher's embedding has no row for.
+
+    Raises:
+        RecipeError: with both numbers.
+    """
+    if tokenizer is None or teacher is None:
+        return
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= teacher.vocab_size:
+        raise RecipeError(
+            f"teacher.tokenizer: its largest token id is {largest}, but the teacher's vocabulary "
+            f"has {teacher.vocab_size} rows; use the tokenizer that the teacher was trained with."
+        )
+
+
 # --------------------------------------------------------------------------------- student
 
 
@@ -189,17 +215,35 @@ def load_exported(student: nn.Module, name: str) -> None:
     folder = architecture.resolve_folder(name, "student.weights")
     found = dict(read_folder(folder))
     wanted = student.state_dict()
+    if isinstance(student.config, LlamaConfig):
+        _add_identity_blocks(found, wanted)
     if "lm_head.weight" in wanted and "lm_head.weight" not in found:
         found["lm_head.weight"] = found.get("model.embed_tokens.weight", torch.empty(0))
-    wrong = sorted(set(found) ^ set(wanted)) + [
-        key for key in wanted if key in found and found[key].shape != wanted[key].shape
+    wrong = [
+        f"{key} (there {_shape(found, key)}, here {_shape(wanted, key)})"
+        for key in sorted({*found, *wanted})
+        if _shape(found, key) != _shape(wanted, key)
     ]
     if wrong:
         raise RecipeError(
-            f"student.weights: {folder}: {len(wrong)} tensors do not fit the student's layout, "
-            f"for example {wrong[0]}; give an exported folder of the same kind and layout."
+            f"student.weights: {folder}: {len(wrong)} tensors do not fit the student, for example "
+            f"{wrong[0]}; give an exported folder of the same kind, layout and vocabulary."
         )
     student.load_state_dict({key: value.float() for key, value in found.items()})
+
+
+def _shape(tensors: Mapping[str, torch.Tensor], name: str) -> list[int] | None:
+    return list(tensors[name].shape) if name in tensors else None
+
+
+def _add_identity_blocks(found: dict[str, torch.Tensor], fresh: Mapping[str, torch.Tensor]) -> None:
+    """Adds a Llama's blocks above those of a checkpoint; at first they pass their input on."""
+    number = {name: int(name.split(".")[2]) for name in fresh if name.startswith("model.layers.")}
+    num_found = len({name.split(".")[2] for name in found if name.startswith("model.layers.")})
+    for name, index in number.items():
+        if index >= num_found and name not in found:
+            is_output = name.endswith(("self_attn.o_proj.weight", "mlp.down_proj.weight"))
+            found[name] = torch.zeros_like(fresh[name]) if is_output else fresh[name].clone()
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -238,14 +282,23 @@ def end_to_end_objective(stage: StageConfig, student: nn.Module, teacher: Any) -
     return stages.build(dataclasses.replace(stage, kind="end_to_end"), student, teacher)
 
 
-def trainable_counts(
-    config: RunConfig, index: int, student_config: ModelConfig
-) -> list[tuple[str, int, bool]]:
-    """(name, elements, whether trained) of every parameter in a stage, without weights."""
+def stage_without_weights(
+    config: RunConfig, index: int, student_config: ModelConfig, teacher: Any
+) -> tuple[nn.Module, Any]:
+    """A student on the meta device and the objective of a stage for it.
+
+    Args:
+        config: the run.
+        index: of the stage.
+        student_config: of the student in that stage.
+        teacher: None where only names are asked for.
+
+    Raises:
+        ValueError: student, teacher and stage do not fit together.
+    """
     with torch.device("meta"):
         student = build_student(student_config)
-    names = set(build_stage(config, index, student, None).trainable_parameters())
-    return [(name, p.numel(), name in names) for name, p in student.named_parameters()]
+    return student, build_stage(config, index, student, teacher)
 
 
 def micro_batches(batch: PackedBatch, rows: int | None) -> Iterator[PackedBatch]:
@@ -259,6 +312,25 @@ def normalised(kind: str, sums: Mapping[str, float]) -> dict[str, float]:
     from thinkfast_distill import stages
 
     return stages.normalised(kind, sums)
+
+
+def counts_step_labels(config: RunConfig, data: str) -> bool:
+    """Whether all targets of a mixture are step labels."""
+    return all(
+        source.has_step_labels and not getattr(source, "learn_steps", False)
+        for source in _sources(config, data)
+    )
+
+
+def is_reward_model(config: RunConfig) -> bool:
+    """Whether the last stage trains a process reward model."""
+    return all(source.has_step_labels for source in _sources(config, config.stages[-1].data))
+
+
+def _sources(config: RunConfig, data: str) -> list[SourceConfig]:
+    from thinkfast_distill.data.source_config import source_config
+
+    return [source_config(raw, f"data.{data}") for raw in config.data[data].sources]
 
 
 def loader(

@@ -5,10 +5,12 @@ stage, its step and the run's step. A resumed run removes what came after the re
 and a last line that a kill tore, so that the file reads like that of an uninterrupted run.
 """
 
+import hashlib
 import importlib
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -170,7 +172,9 @@ class ProgressLine:
             is_last: print it even if the previous one was a moment ago.
         """
         if self._is_terminal:
-            self._stream.write(f"\r\x1b[2K{text}")
+            # A line that wraps could not be rewritten.
+            width = shutil.get_terminal_size().columns - 1
+            self._stream.write(f"\r\x1b[2K{text[:width]}")
             self._is_open = True
         elif is_last or time.monotonic() - self._last_s >= _PLAIN_INTERVAL_S:
             self._stream.write(text + "\n")
@@ -225,6 +229,11 @@ def open_tracker(
             f"logging.tracker: {logging.tracker!r} is not installed ({error}); install it with: "
             f"pip install 'thinkfast-distill[{logging.tracker}]'"
         ) from error
+    except Exception as error:  # of the dashboard's own kinds: not logged in, no server
+        raise RecipeError(
+            f"logging.tracker: {logging.tracker!r} does not start: {error}; mend this, or set "
+            "logging.tracker=none."
+        ) from error
 
 
 class _ModuleTracker:
@@ -250,7 +259,9 @@ def _trackio(project: str, run: Path, name: str, config: dict[str, Any]) -> Trac
 
 def _wandb(project: str, run: Path, name: str, config: dict[str, Any]) -> Tracker:
     wandb = importlib.import_module("wandb")
-    wandb.init(project=project, name=name, config=config, dir=str(run), id=run.name, resume="allow")
+    # Two folders may have one name; a resumed run is found again by the place of its folder.
+    identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+    wandb.init(project=project, name=name, config=config, dir=str(run), id=identity, resume="allow")
     return _ModuleTracker(wandb)
 
 

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from thinkfast_distill.architecture import attention_window
 from thinkfast_distill.batch import PackedBatch
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
@@ -72,7 +73,12 @@ class Teacher(nn.Module):
         extra = {} if gguf_file is None else {"gguf_file": gguf_file}
         _check_type(AutoConfig.from_pretrained(folder, **extra), str(folder))
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, **extra
+            # Misshapen weights are reported below instead of in transformers' several lines.
+            folder,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **extra,
         )
         # transformers gives what is missing random values, with no more than a warning.
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -132,7 +138,7 @@ class Teacher(nn.Module):
         same_document = batch.same_document()
         masks: dict[int | None, torch.Tensor] = {}
         for i, block in enumerate(inner.layers):
-            window = _window(self.config, i)
+            window = attention_window(self.config, i)
             if window not in masks:
                 masks[window] = _within(same_document, window)[:, None]
             with _gathered(block):
@@ -178,7 +184,7 @@ class Teacher(nn.Module):
         with torch.autocast(query.device.type, enabled=False):
             weights: torch.Tensor = query.to(dtype) @ key.to(dtype).transpose(-1, -2)
         weights *= attention.scaling
-        allowed = _within(batch.same_document(), _window(self.config, i))
+        allowed = _within(batch.same_document(), attention_window(self.config, i))
         weights.masked_fill_(~allowed[:, None], -torch.inf)
         weights = weights.softmax(-1)
         # Padding sees itself inside the softmax, so that no row is empty; here it is dropped.
@@ -221,15 +227,6 @@ def _check_type(config: PretrainedConfig, where: str) -> None:
             f"{where}: model_type {config.model_type!r} cannot be a teacher; accepted: "
             f"{', '.join(MODEL_TYPES)}."
         )
-
-
-def _window(config: PretrainedConfig, i: int) -> int | None:
-    """Tokens a query of layer i sees, itself included; None: all before it."""
-    size = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if size is None or (kinds is not None and kinds[i] != "sliding_attention"):
-        return None
-    return int(size)
 
 
 def _within(allowed: torch.Tensor, window: int | None) -> torch.Tensor:

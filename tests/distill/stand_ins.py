@@ -1,14 +1,15 @@
 """The smallest parts that satisfy what the loop asks of models, stages and data.
 
 They let the loop's own promises (resume, ranks, borders, non-finite steps) be tested in seconds and
-without depending on the mathematics of students and losses, which have tests of their own. Run as a
-program, it trains one recipe with them: the tests kill it, or start it on two ranks.
+without depending on the mathematics of students and losses, which have tests of their own. ``main``
+trains one recipe with them through the command line: tests kill it, or start it on two ranks.
 """
 
 import dataclasses
+import functools
 import os
+import resource
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -16,9 +17,7 @@ import yaml
 from torch import nn
 from transformers import LlamaConfig
 
-from thinkfast_distill import config as config_module
-from thinkfast_distill import distributed, parts
-from thinkfast_distill.loop import Trainer
+from thinkfast_distill import cli, loop, parts
 
 WIDTH, VOCAB, LAYERS = 8, 11, 3
 
@@ -142,7 +141,10 @@ class EndToEnd(Objective):
 
 
 class Loader:
-    """Batch s is a function of (seed, s); its state is s. ``limit`` ends the data early."""
+    """Batch s is a function of (seed, s); its state is s.
+
+    ``limit``, which is the source's ``num``, ends the data early.
+    """
 
     def __init__(self, seed, seq_len, batch_rows, state, limit=None):
         self.seed, self.seq_len, self.batch_rows = seed, seq_len, batch_rows
@@ -175,7 +177,7 @@ def install():
             return Model().requires_grad_(False)
 
     def loader(config, tokenizer, *, data, seq_len, batch_rows, purpose, state):
-        limit = next((s.get("limit") for s in config.data[data].sources), None)
+        limit = next((s.get("num") for s in config.data[data].sources), None)
         return Loader(parts.seed_for(config.seed, purpose), seq_len, batch_rows, state, limit)
 
     def micro_batches(batch, rows):
@@ -185,7 +187,7 @@ def install():
             yield Batch(batch.input_ids[part], batch.loss_mask[part], batch.sample_ids[part], {})
 
     def normalised(kind, sums):
-        return {"loss": sums["loss"] / sums["num_targets"]}
+        return {"loss": sums["loss"] / sums["num_targets"]} if sums else {}
 
     def stage(config, index, student, teacher):
         kind = config.stages[index].kind
@@ -216,7 +218,7 @@ RECIPE = {
     "name": "stand-in",
     "teacher": {"model": "none"},
     "student": {"kind": "llamba"},
-    "data": {"text": {"sources": [{}]}},
+    "data": {"text": {"sources": [{"kind": "arith"}]}},
     "stages": [
         {
             "kind": "hidden_state",
@@ -254,12 +256,11 @@ def write_recipe(path: Path, **changes) -> Path:
     return path
 
 
-def main():
-    """stand_ins.py RECIPE RUN [kill-at STEP | stop-at STEP] [max-steps STEP]."""
+def main(words):
+    """RECIPE RUN [kill-at STEP | stop-at STEP] [max-steps STEP] [file-bytes N]: an exit code."""
     install()
     torch.set_num_threads(1)
-    recipe, run = Path(sys.argv[1]), Path(sys.argv[2])
-    options = dict(zip(sys.argv[3::2], map(int, sys.argv[4::2]), strict=True))
+    options = dict(zip(words[2::2], map(int, words[3::2]), strict=True))
 
     def on_step(progress):
         if progress.step == options.get("kill-at"):
@@ -267,12 +268,11 @@ def main():
         if progress.step == options.get("stop-at"):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    config = config_module.load(recipe)
-    world = distributed.start(config.compute)
-    trainer = Trainer(config, run, world, on_step=on_step, max_steps=options.get("max-steps"))
-    trainer.train()
-    distributed.stop(world)
-
-
-if __name__ == "__main__":
-    main()
+    if "file-bytes" in options:  # a write fails half-way, as on a full disk
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (options["file-bytes"],) * 2)
+    loop.Trainer = functools.partial(loop.Trainer, on_step=on_step)
+    arguments = ["run", words[0], "--run-dir", words[1], "--quiet"]
+    if "max-steps" in options:
+        arguments += ["--max-steps", str(options["max-steps"])]
+    return cli.main(arguments)

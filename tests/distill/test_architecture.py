@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from transformers import LlamaConfig, Qwen2Config
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from thinkfast_distill.architecture import resolve_folder, student_config, teacher_config
 from thinkfast_distill.config import (
@@ -51,6 +51,21 @@ def test_student_of_qwen_keeps_its_biases():
         Qwen2Config(**SIZES),
     )
     assert config.attention_bias
+
+
+def test_student_keeps_the_sliding_window():
+    def window(teacher, *kept):
+        layout = {"attention_layers": list(kept), "ssm_state_size": 4}
+        student = student_config(run({"kind": "mambainllama", "layout": layout}), teacher)
+        return student.sliding_window
+
+    assert window(MistralConfig(**SIZES, sliding_window=7), 0, 1) == 7
+    assert window(MistralConfig(**SIZES, sliding_window=None), 0) is None
+    assert window(MistralConfig(**SIZES, sliding_window=7)) is None  # no attention is kept
+    mixed = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=7, max_window_layers=1)
+    assert (window(mixed, 0), window(mixed, 1)) == (None, 7)
+    with pytest.raises(RecipeError, match=r"different windows \(0: all tokens, 1: 7\)"):
+        window(mixed, 0, 1)
 
 
 def test_stage_may_keep_more_attention():

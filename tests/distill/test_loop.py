@@ -1,25 +1,19 @@
 """Resume, ranks, borders, signals, non-finite steps: with stand-ins for models, stages and data."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.distill import stand_ins
+from tests.distill import processes, stand_ins
+from thinkfast_distill import cli, distributed, parts
 from thinkfast_distill import config as config_module
-from thinkfast_distill import distributed, parts
 from thinkfast_distill.checkpoint import CheckpointError, CheckpointStore
 from thinkfast_distill.loop import Interrupted, Trainer, TrainingError
 from thinkfast_distill.recipe import RecipeError
 from thinkfast_distill.run_log import read_log
 
-PROGRAM = Path(stand_ins.__file__)
-ROOT = PROGRAM.parents[2]
 PATCHED = (
     "teacher_config",
     "tokenizer",
@@ -122,8 +116,8 @@ def test_resume_after_sigkill_and_sigterm_of_a_process(uninterrupted, tmp_path):
     killed = start(recipe, run, "kill-at", "5")
     assert killed.returncode == -signal.SIGKILL
     stopped = start(recipe, run, "stop-at", "9")
-    assert stopped.returncode != 0
-    assert "Interrupted: SIGTERM" in stopped.stderr
+    assert stopped.returncode == 128 + signal.SIGTERM
+    assert stopped.stderr == "thinkfast-distill run: stopped by SIGTERM, state saved\n"
     saved = CheckpointStore(run, 1, distributed.World()).latest()
     assert saved.progress.step == 9  # not a step that is saved anyway
     assert train(recipe, run).step == 12
@@ -133,17 +127,8 @@ def test_resume_after_sigkill_and_sigterm_of_a_process(uninterrupted, tmp_path):
 
 
 def start(recipe, run, *options, ranks=1):
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return subprocess.run(
-        [*launcher, str(PROGRAM), str(recipe), str(run), *options],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'distill'}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    folder = run.parent
+    return processes.start(stand_ins.main, recipe, run, *options, ranks=ranks, folder=folder)
 
 
 @pytest.mark.parametrize("stop_at", [3, 8])
@@ -203,7 +188,7 @@ def test_checkpoint_of_another_recipe_names_the_keys(tmp_path):
 
 
 def test_data_that_ends_early_saves_and_says_so(tmp_path):
-    data = {"text": {"sources": [{"limit": 3}]}}
+    data = {"text": {"sources": [{"kind": "arith", "num": 3}]}}
     with pytest.raises(ValueError, match=r"data.jsonl: ends after 3 batches"):
         train(tmp_path / "r.yaml", tmp_path / "run", data=data, evaluation={})
     saved = CheckpointStore(tmp_path / "run", 1, distributed.World()).latest()
@@ -225,13 +210,35 @@ def test_non_finite_step_is_skipped_and_counted(tmp_path, monkeypatch):
 
 def test_non_finite_steps_in_a_row_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("STAND_IN_NAN", "1")
-    with pytest.raises(TrainingError, match=r"not finite in 1 steps in a row; .*data:5"):
+    with pytest.raises(TrainingError, match=r"1 steps in a row .*not finite; .*data:5"):
         train(
             tmp_path / "r.yaml",
             tmp_path / "run",
             evaluation={},
             compute={"max_skipped_steps": 1},
         )
+
+
+def test_steps_without_targets_are_no_failure_of_the_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(stand_ins.Objective, "count", lambda self, batch: 0)
+    with pytest.raises(TrainingError, match=r"2 steps in a row .*nothing in the batch counts"):
+        train(tmp_path / "r.yaml", tmp_path / "run", compute={"max_skipped_steps": 2})
+    skips = [r for r in read_log(tmp_path / "run/log.jsonl") if r["event"] == "skip"]
+    assert [r["reason"] for r in skips] == ["nothing in the batch counts for the loss"] * 2
+
+
+def test_freeze_table_is_shown_at_the_start_and_after_a_resume(tmp_path, capsys):
+    recipe = stand_ins.write_recipe(tmp_path / "r.yaml")
+    for steps in (1, 2):
+        assert (
+            cli.main(f"run {recipe} --run-dir {tmp_path / 'run'} --max-steps {steps}".split()) == 0
+        )
+        shown = capsys.readouterr().err
+        assert "stage hidden_state (hidden_state), 6 steps" in shown
+        # Three blocks of an 8 x 8 mixer with bias; matrices decay, biases do not.
+        assert " ".join(shown.split()).count("ssm 216 0 192") == 1
+        assert "mlp 0 216 0" in " ".join(shown.split())
+        assert "tok/s | MFU" in shown
 
 
 def test_two_processes_in_one_folder(tmp_path):
@@ -266,30 +273,21 @@ def test_ranks_must_share_the_rows_evenly(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_checkpoint_without_room_keeps_the_previous(tmp_path):
+def test_checkpoint_without_room_keeps_the_previous(uninterrupted, tmp_path):
     """A file size limit makes a real write fail half-way, as a full disk does."""
     recipe, run = stand_ins.write_recipe(tmp_path / "r.yaml"), tmp_path / "run"
     train(recipe, run, max_steps=2)
     before = CheckpointStore(run, 2, distributed.World()).latest_folder()
-    code = (
-        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000));"
-        "import stand_ins; stand_ins.main()"
-    )
-    failed = subprocess.run(
-        [sys.executable, "-c", code, str(recipe), str(run)],
-        env={**os.environ, "PYTHONPATH": f"{PROGRAM.parent}:{ROOT / 'distill'}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert failed.returncode != 0
-    assert "CheckpointError" in failed.stderr
+    failed = start(recipe, run, "file-bytes", "8000")
+    assert failed.returncode == 2
+    assert failed.stderr.startswith(f"thinkfast-distill run: {run / 'checkpoints'}/step_")
     assert f"the previous checkpoint {before} is unchanged" in failed.stderr
+    assert failed.stderr.count("\n") == 1
     store = CheckpointStore(run, 2, distributed.World())
     assert store.latest_folder() == before
     assert not list(store.folder.glob(".partial-*"))
     assert train(recipe, run).step == 12
+    assert curve(run) == curve(uninterrupted / "run")
 
 
 def test_checkpoint_that_cannot_fit_is_not_begun(tmp_path, monkeypatch):

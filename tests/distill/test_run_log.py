@@ -1,5 +1,7 @@
 import io
 import json
+import sys
+import types
 
 import pytest
 
@@ -115,7 +117,9 @@ def test_progress_line_plain_is_throttled():
     assert stream.getvalue() == "one\nend\nstays\n"
 
 
-def test_progress_line_on_a_terminal_is_rewritten():
+def test_progress_line_on_a_terminal_is_rewritten(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "6")
+
     class Terminal(io.StringIO):
         def isatty(self):
             return True
@@ -123,21 +127,93 @@ def test_progress_line_on_a_terminal_is_rewritten():
     stream = Terminal()
     line = ProgressLine(stream)
     line.show("one")
-    line.show("two")
+    line.show("too long")  # would wrap
     line.message("stays")
     line.end()
-    assert stream.getvalue() == "\r\x1b[2Kone\r\x1b[2Ktwo\nstays\n"
+    assert stream.getvalue() == "\r\x1b[2Kone\r\x1b[2Ktoo l\nstays\n"
 
 
 @pytest.mark.parametrize("name", ["trackio", "wandb", "tensorboard"])
 def test_open_tracker_without_its_package_gives_the_install_line(name, tmp_path, monkeypatch):
-    import sys
-
     for module in ("trackio", "wandb", "tensorboard", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, module, None)  # import raises ImportError
     with pytest.raises(RecipeError, match=rf"pip install 'thinkfast-distill\[{name}\]'"):
         open_tracker(LoggingConfig(tracker=name), tmp_path, "n", {})
     assert open_tracker(LoggingConfig(), tmp_path, "n", {}) is None
+
+
+class _Dashboard(types.ModuleType):
+    """Takes the place of trackio or wandb and keeps what it is told."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.started, self.logged, self.is_finished = [], [], False
+
+    def init(self, **options):
+        self.started.append(options)
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.is_finished = True
+
+
+@pytest.mark.parametrize("name", ["trackio", "wandb"])
+def test_open_tracker_sends_the_numbers(name, tmp_path, monkeypatch):
+    dashboard = _Dashboard(name)
+    monkeypatch.setitem(sys.modules, name, dashboard)
+    for run in (tmp_path / "a" / "run", tmp_path / "a" / "run", tmp_path / "b" / "run"):
+        run.mkdir(parents=True, exist_ok=True)
+        settings = LoggingConfig(tracker=name, project="p")
+        tracker = open_tracker(settings, run, "n", {"seed": 1})
+        log = RunLog(run, is_main=True, tracker=tracker, stream=None)
+        log.write(record("train", 0, 3, reverse_kl=0.5, alignment_by_layer={"0": 2.0}))
+        log.close()
+    first, resumed, other = dashboard.started
+    assert (first["project"], first["config"], first["resume"]) == ("p", {"seed": 1}, "allow")
+    assert first == resumed
+    if name == "wandb":
+        assert first["id"] != other["id"], "two folders of one name are two runs"
+    step, values = dashboard.logged[0]
+    assert step == 3
+    assert values["train/reverse_kl"] == 0.5
+    assert values["train/alignment_by_layer/0"] == 2.0
+    assert dashboard.is_finished
+
+
+def test_open_tracker_tensorboard(tmp_path, monkeypatch):
+    seen = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            seen.append(("open", folder))
+
+        def add_scalar(self, key, value, step):
+            seen.append((key, value, step))
+
+        def close(self):
+            seen.append("closed")
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    tracker = open_tracker(LoggingConfig(tracker="tensorboard"), tmp_path, "n", {})
+    tracker.log({"train/loss": 0.5}, 7)
+    tracker.finish()
+    assert seen == [("open", str(tmp_path / "tensorboard")), ("train/loss", 0.5, 7), "closed"]
+
+
+def test_open_tracker_that_does_not_start(tmp_path, monkeypatch):
+    dashboard = _Dashboard("wandb")
+
+    def init(**options):
+        raise RuntimeError("not logged in")
+
+    dashboard.init = init
+    monkeypatch.setitem(sys.modules, "wandb", dashboard)
+    with pytest.raises(RecipeError, match=r"'wandb' does not start: not logged in; .*tracker=none"):
+        open_tracker(LoggingConfig(tracker="wandb"), tmp_path, "n", {})
 
 
 @pytest.mark.parametrize(

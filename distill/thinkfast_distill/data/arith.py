@@ -1,9 +1,10 @@
 r"""``arith``: seeded multi-step arithmetic word problems with chain of thought and step labels.
 
 A problem is a number that changes month by month; its solution has one equation per month and line
-and ends in ``#### <number>``, as in GSM8K. The months are keys: a step is looked up by its month and
-not by counting sentences, so that a model whose memory is a state of fixed size can learn the task
-as well as one with attention. Problem ``index`` of a split is a function of (seed, split, index).
+and ends in ``#### <number>``, as in GSM8K. The months are keys: a step is looked up by its month
+and not by counting sentences, so that a model whose memory is a state of fixed size can learn the
+task as well as one with attention. Problem ``index`` of a split is a function of (seed, split,
+index).
 
 Which split a problem belongs to is decided by a hash of its arithmetic (start, operations,
 operands), not by chance: the text fixes the arithmetic, so no text, nor the same sums under other

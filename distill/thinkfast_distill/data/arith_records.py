@@ -10,7 +10,7 @@ from thinkfast_distill.data.errors import DataError
 from thinkfast_distill.data.formatting import RecordFormat, string_field
 from thinkfast_distill.data.source_config import ArithSourceConfig
 
-_STEP = re.compile(r"[A-Z][a-z]+: (\d+)([-+*/])(\d+)=\d+")
+_STEP = re.compile(r"(\d+)([-+*/])(\d+)=\d+")
 
 
 class _Rows(Protocol):
@@ -121,6 +121,8 @@ class ArithSampleRecords:
     def _check_split(self, solution: str) -> None:
         """A model trained on a problem that is measured with would look better than it is."""
         steps = _STEP.findall(solution)
+        if not steps:
+            raise DataError(f"field 'answer' has no step: {solution[:80]!r}")
         structure = " ".join([steps[0][0], *(operator + operand for _, operator, operand in steps)])
         split = arith.split_of(structure)
         if split != self._split:

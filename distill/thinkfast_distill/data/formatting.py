@@ -9,6 +9,8 @@ Rules that training and sampling must share:
   the border between prompt and completion. Special tokens come from the template alone: never two
   BOS.
 * The end-of-turn token is part of the completion and trained. Nothing after it in the turn is.
+* Of conversations with step labels only the labels count, and right steps if asked for, see
+  `step_labels`.
 """
 
 import hashlib
@@ -17,14 +19,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from thinkfast_distill.data.errors import DataError
+from thinkfast_distill.data.step_labels import LABEL, RENDERED_AS, STEP, LastStep, labelled_turns
 
-Layout = Literal["text", "prompt", "chat"]
+Layout = Literal["text", "prompt", "chat", "steps"]
 
 #: Stands in Llama-3.2's own template as the date if no clock is available.
 DEFAULT_DATE = "26 Jul 2024"
@@ -40,7 +43,8 @@ class Tokenised:
     """(T,) token ids."""
 
     completion: NDArray[np.bool_]
-    """(T,) what an assistant says, with its end-of-turn token; everything in raw text."""
+    """(T,) what an assistant says, with its end-of-turn token; everything in raw text; of step
+    labels the label alone."""
 
 
 def pin_chat_template(template: str, date: str = DEFAULT_DATE) -> str:
@@ -94,7 +98,7 @@ class RecordFormat:
 
     layout: Layout = "text"
     """``text``: raw text; ``prompt``: a question and its answer, as two turns; ``chat``: a list of
-    turns."""
+    turns; ``steps``: a question and the labelled steps of a solution."""
 
     text_field: str = "text"
     """``text``: the field."""
@@ -108,13 +112,28 @@ class RecordFormat:
     messages_field: str = "messages"
     """``chat``: the list; turns are {role, content}, or ShareGPT's {from, value}."""
 
+    question_field: str = "question"
+    """``steps``: the problem."""
+
+    steps_field: str = "steps"
+    """``steps``: list of texts."""
+
+    labels_field: str = "labels"
+    """``steps``: one label per step, true or false, or "+" or "-"."""
+
+    last_step: LastStep = "any_wrong"
+    """``steps``: where the conversation about a wrong solution ends."""
+
+    learn_steps: bool = False
+    """``steps``: whether the texts of right steps are targets too."""
+
     system: str | None = None
     """System turn put before every record without one; not for ``text``."""
 
     def __post_init__(self) -> None:
-        if self.layout not in ("text", "prompt", "chat"):
+        if self.layout not in get_args(Layout):
             raise DataError(
-                f"layout: {self.layout!r} is not accepted; accepted: text, prompt, chat"
+                f"layout: {self.layout!r} is not accepted; accepted: {', '.join(get_args(Layout))}"
             )
 
     @property
@@ -124,21 +143,32 @@ class RecordFormat:
             "text": [self.text_field],
             "prompt": [self.prompt_field, self.completion_field],
             "chat": [self.messages_field],
+            "steps": [self.question_field, self.steps_field, self.labels_field],
         }[self.layout]
 
     def texts(self, record: Mapping[str, Any]) -> list[tuple[str, str]]:
         """The turns of a record, (role, content); for raw text one with the role ``text``.
 
+        The turns about labelled steps have the roles of `step_labels.RENDERED_AS`.
+
         Raises:
             DataError: a field is missing, of the wrong type or empty; the caller adds the place.
         """
         if self.layout == "text":
-            return [("text", _string(record, self.text_field))]
+            return [("text", string_field(record, self.text_field))]
         if self.layout == "prompt":
             turns = [
-                ("user", _string(record, self.prompt_field)),
-                ("assistant", _string(record, self.completion_field)),
+                ("user", string_field(record, self.prompt_field)),
+                ("assistant", string_field(record, self.completion_field)),
             ]
+        elif self.layout == "steps":
+            turns = labelled_turns(
+                string_field(record, self.question_field),
+                _field(record, self.steps_field),
+                _field(record, self.labels_field),
+                self.last_step,
+                learn_steps=self.learn_steps,
+            )
         else:
             turns = _turns(record, self.messages_field)
         if self.system is not None and turns[0][0] != "system":
@@ -149,10 +179,35 @@ class RecordFormat:
 _ROLES = {"human": "user", "gpt": "assistant"}
 
 
-def _string(record: Mapping[str, Any], field: str) -> str:
+def _join_steps(
+    turns: Sequence[tuple[str, str]],
+) -> tuple[list[tuple[str, str]], dict[int, str]]:
+    """Turns of which each is one message, and the text of the step that counts in some of them."""
+    joined: list[tuple[str, str]] = []
+    steps: dict[int, str] = {}
+    for role, content in turns:
+        if role == STEP and joined and joined[-1][0] == "user":
+            joined[-1] = (STEP, f"{joined[-1][1]} {content}")
+        else:
+            joined.append((role, content))
+        if role == STEP:
+            steps[len(joined) - 1] = content
+    return joined, steps
+
+
+def _field(record: Mapping[str, Any], field: str) -> Any:
     if field not in record:
         raise DataError(f"no field {field!r}; the fields are {', '.join(map(repr, record))}")
-    value = record[field]
+    return record[field]
+
+
+def string_field(record: Mapping[str, Any], field: str) -> str:
+    """The text in a field.
+
+    Raises:
+        DataError: the field is missing, no text, or empty.
+    """
+    value = _field(record, field)
     if not isinstance(value, str):
         raise DataError(f"field {field!r} must be text, got {type(value).__name__}")
     if not value.strip():
@@ -161,9 +216,7 @@ def _string(record: Mapping[str, Any], field: str) -> str:
 
 
 def _turns(record: Mapping[str, Any], field: str) -> list[tuple[str, str]]:
-    if field not in record:
-        raise DataError(f"no field {field!r}; the fields are {', '.join(map(repr, record))}")
-    value = record[field]
+    value = _field(record, field)
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise DataError(f"field {field!r} must be a list of turns, got {str(value)[:40]!r}")
     turns = []
@@ -176,6 +229,10 @@ def _turns(record: Mapping[str, Any], field: str) -> list[tuple[str, str]]:
             raise DataError(
                 f"field {field!r}, turn {i}: need text in role and content (or from and value), "
                 f"got {', '.join(map(repr, turn)) or 'nothing'}"
+            )
+        if role in RENDERED_AS:
+            raise DataError(
+                f"field {field!r}, turn {i}: role {role!r} is reserved for layout: steps"
             )
         turns.append((_ROLES.get(role, role), content))
     if all(role != "assistant" for role, _ in turns):
@@ -252,12 +309,13 @@ class Formatter:
         return self._tokenise_chat(turns)
 
     def _tokenise_chat(self, turns: Sequence[tuple[str, str]]) -> Tokenised:
-        messages = [{"role": role, "content": content} for role, content in turns]
+        turns, steps = _join_steps(turns)
+        messages = [{"role": RENDERED_AS.get(r, r), "content": content} for r, content in turns]
         tokens: list[int] = []
         completion: list[bool] = []
         done = ""
-        for i, (role, _) in enumerate(turns):
-            if role != "assistant":
+        for i, (role, content) in enumerate(turns):
+            if messages[i]["role"] != "assistant":
                 continue
             prompt = self._render(messages[:i], ask=True)
             answered = self._render(messages[: i + 1], ask=False)
@@ -267,20 +325,48 @@ class Formatter:
                     "assistant's tokens cannot be told apart; give another one with "
                     "chat_template: FILE"
                 )
-            ids = self._encode(prompt[len(done) :])
+            ids, is_step = self._encode_prompt(prompt[len(done) :], steps.get(i - 1))
             tokens += ids
-            completion += [False] * len(ids)
+            completion += is_step
             ids = self._encode(answered[len(prompt) :])
+            done = answered
+            if role != "assistant":
+                self._check_label(content, ids)
+                tokens += ids
+                completion += [role == LABEL and at == 0 for at in range(len(ids))]
+                continue
             is_last = all(later != "assistant" for later, _ in turns[i + 1 :])
             if self.eos not in ids and is_last:
                 ids.append(self.eos)
             end = max((at for at, token in enumerate(ids) if token == self.eos), default=len(ids))
             tokens += ids
             completion += [at <= end for at in range(len(ids))]
-            done = answered
         if self.bos is not None and tokens[:2] == [self.bos] * 2:
             raise DataError("the chat template begins with two BOS tokens; remove one")
         return _tokenised(tokens, completion)
+
+    def _encode_prompt(self, text: str, step: str | None) -> tuple[list[int], list[bool]]:
+        """Ids of what comes before an answer, and which of them belong to the step that counts."""
+        if step is None:
+            ids = self._encode(text)
+            return ids, [False] * len(ids)
+        encoding = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        first = text.rindex(step)  # templates may print turns trimmed, and steps are
+        inside = [
+            end > first and start < first + len(step) for start, end in encoding["offset_mapping"]
+        ]
+        return list(encoding["input_ids"]), inside
+
+    def _check_label(self, label: str, ids: list[int]) -> None:
+        """A score is read at one position, so a label must be one token, first in its turn."""
+        alone = self._encode(label)
+        if len(alone) != 1 or ids[:1] != alone:
+            raise DataError(
+                f"the label {label!r} is not one token of its own in this tokenizer and chat "
+                "template; step labels need a tokenizer and a template that keep it apart"
+            )
 
     def _render(self, messages: list[dict[str, str]], *, ask: bool) -> str:
         if self.chat_template is None:

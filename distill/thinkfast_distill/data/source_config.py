@@ -8,6 +8,7 @@ from typing import Any, Literal
 from thinkfast_distill.data import arith
 from thinkfast_distill.data.errors import DataError
 from thinkfast_distill.data.formatting import Layout, RecordFormat
+from thinkfast_distill.data.step_labels import LastStep
 from thinkfast_distill.recipe import RecipeError, parse
 
 LossOn = Literal["all", "completion"]
@@ -46,10 +47,23 @@ class SourceConfig:
         if self.tokens is not None and self.weight is not None:
             raise RecipeError("weight: give tokens or weight, not both.")
 
+        if self.has_step_labels:
+            if self.loss_on == "all":
+                raise RecipeError(
+                    "loss_on: 'all' is not accepted with step labels, of which only the labels are "
+                    "targets; leave it out."
+                )
+            self.loss_on = "completion"
+
     @property
     def label(self) -> str:
         """The name used in logs."""
         return self.name or self._default_name()
+
+    @property
+    def has_step_labels(self) -> bool:
+        """Whether the documents are conversations with step labels, for a process reward model."""
+        return False
 
     def _default_name(self) -> str:
         return self.kind
@@ -60,7 +74,8 @@ class RecordSourceConfig(SourceConfig):
     """Sources of records; see `formatting.RecordFormat` for the layouts."""
 
     layout: Layout = "text"
-    """``text``, ``prompt`` (question and answer) or ``chat`` (list of turns)."""
+    """``text``, ``prompt`` (question and answer), ``chat`` (list of turns) or ``steps`` (question
+    and labelled steps, for a process reward model)."""
 
     text_field: str = "text"
     """Field of ``text``."""
@@ -74,8 +89,29 @@ class RecordSourceConfig(SourceConfig):
     messages_field: str = "messages"
     """Field of the turns in ``chat``."""
 
+    question_field: str = "question"
+    """Field of the problem in ``steps``."""
+
+    steps_field: str = "steps"
+    """Field of the list of steps in ``steps``."""
+
+    labels_field: str = "labels"
+    """Field of the list of labels in ``steps``; true or "+": neither it nor a step before it is
+    wrong."""
+
+    last_step: LastStep = "any_wrong"
+    """``steps``: where conversations about wrong solutions end, see `step_labels`."""
+
+    learn_steps: bool = False
+    """``steps``: whether the texts of right steps are targets too, see `step_labels`."""
+
     system: str | None = None
     """System turn for records without one."""
+
+    @property
+    def has_step_labels(self) -> bool:
+        """See `SourceConfig`."""
+        return self.layout == "steps"
 
     def format(self) -> RecordFormat:
         """The format of the records."""
@@ -160,8 +196,37 @@ class ArithSourceConfig(SourceConfig):
     max_operand: int = arith.ArithSpec.max_operand
     """Largest number added or taken away."""
 
+    mistakes: float | None = None
+    """Part of the solutions with a planted mistake, 0 to 1; with it, documents are solutions with
+    step labels, for a process reward model. Null: plain solutions."""
+
+    samples: str | None = None
+    """JSON lines file with a model's own solutions instead (``question``, ``answer`` as in
+    problems' files, ``sample``), which get step labels."""
+
+    last_step: LastStep = "any_wrong"
+    """Where conversations about wrong solutions end, see `step_labels`."""
+
+    learn_steps: bool = False
+    """Whether the texts of right steps are targets too, see `step_labels`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mistakes is not None and not 0 <= self.mistakes <= 1:
+            raise RecipeError(f"mistakes: {self.mistakes} must lie between 0 and 1, or be null.")
+        if self.mistakes is not None and self.samples is not None:
+            raise RecipeError("samples: give mistakes or samples, not both.")
+
+    @property
+    def has_step_labels(self) -> bool:
+        """See `SourceConfig`."""
+        return self.mistakes is not None or self.samples is not None
+
     def _default_name(self) -> str:
-        return f"arith-{self.split}-{self.min_steps}-{self.max_steps}"
+        if self.samples is not None:
+            return Path(self.samples).stem
+        ending = "" if self.mistakes is None else "-step-labels"
+        return f"arith-{self.split}-{self.min_steps}-{self.max_steps}{ending}"
 
 
 KINDS: dict[str, type[SourceConfig]] = {

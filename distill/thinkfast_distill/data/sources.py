@@ -17,9 +17,13 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
-from thinkfast_distill.data import arith
+from thinkfast_distill.data.arith_records import (
+    ArithRecords,
+    ArithSampleRecords,
+    ArithStepRecords,
+)
 from thinkfast_distill.data.errors import DataError
 from thinkfast_distill.data.formatting import Formatter, RecordFormat, Tokenised
 from thinkfast_distill.data.memmap import MemmapReader
@@ -275,32 +279,6 @@ class ParquetRecords:
         return f"{self._files[at]}:{index - self._first[at] + 1}"
 
 
-class ArithRecords:
-    """Problems made on the fly."""
-
-    FORMAT: ClassVar[RecordFormat] = RecordFormat(
-        layout="prompt", prompt_field="question", completion_field="answer"
-    )
-
-    def __init__(self, config: ArithSourceConfig) -> None:
-        self._config = config
-        self._spec = arith.ArithSpec(
-            config.min_steps, config.max_steps, config.max_value, config.max_operand
-        )
-
-    def __len__(self) -> int:
-        return self._config.num
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        """The problem."""
-        one = arith.problem(self._config.split, index, self._config.problem_seed, self._spec)
-        return {"question": one.question, "answer": one.solution}
-
-    def place(self, index: int) -> str:
-        """Split and number."""
-        return f"arith {self._config.split} {index}"
-
-
 class MemmapSource:
     """A source over a pre-tokenised folder."""
 
@@ -448,6 +426,14 @@ def _open(config: SourceConfig, formatter: Formatter, seed: int) -> Source:
 def _records(config: SourceConfig) -> tuple[Records, RecordFormat]:
     """The records of a source with random access."""
     if isinstance(config, ArithSourceConfig):
+        if config.has_step_labels:
+            record_format = RecordFormat(
+                layout="steps", last_step=config.last_step, learn_steps=config.learn_steps
+            )
+            if config.samples is None:
+                return ArithStepRecords(config), record_format
+            rows = JsonlRecords([Path(config.samples)])
+            return ArithSampleRecords(rows, config.split), record_format
         return ArithRecords(config), ArithRecords.FORMAT
     assert isinstance(config, FileSourceConfig)
     record_format = config.format()

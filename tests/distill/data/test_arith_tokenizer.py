@@ -1,7 +1,6 @@
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from thinkfast_distill.arith_models import tiny_llama_config
 from thinkfast_distill.data.arith import problem
 from thinkfast_distill.data.arith_tokenizer import build_tokenizer, write_tokenizer
 from thinkfast_distill.data.formatting import Formatter
@@ -56,12 +55,3 @@ def test_chat_template_of_a_conversation(tokenizer):
     assert text == (
         "<|bos|><|system|>s<|user|>17<|assistant|>18<|eos|><|user|>19<|assistant|>"
     )  # fmt: skip
-
-
-def test_tiny_llama_config_makes_a_small_model(tokenizer):
-    config = tiny_llama_config(len(tokenizer))
-    model = AutoModelForCausalLM.from_config(config)
-    assert 500_000 < sum(p.numel() for p in model.parameters()) < 3_000_000
-    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
-    with pytest.raises(ValueError, match="need a multiple of 64"):
-        tiny_llama_config(300, hidden_size=100)

@@ -1,9 +1,7 @@
-"""Run under torchrun by test_two_ranks: every stage on shards, compared with one process.
+"""Run on two ranks by test_two_ranks: every stage on shards, compared with one process.
 
 Each rank has other rows, with other numbers of targets; student and teacher are sharded.
 """
-
-import sys
 
 import torch
 
@@ -56,7 +54,8 @@ def compare(kind, name, world):
     assert layer.to_local().numel() <= layer.numel() // 2 + layer.numel() // len(layer), "not freed"
 
 
-def main():
+def main(words):
+    """Prints a line per stage and student; returns the exit code."""
     torch.set_num_threads(1)
     world = distributed.start(ComputeConfig(device="cpu"))
     for kind in ("matrix_mixing", "hidden_state", "end_to_end", "sft"):
@@ -66,7 +65,3 @@ def main():
                 print(kind, name, "agree")  # noqa: T201
     distributed.stop(world)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
