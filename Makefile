@@ -1,4 +1,5 @@
 # Two commands: `make demo` and `make test`. Each sets up .venv first; the second call starts at once.
+# `make tiny` trains the models in thinkfast/ again, `make tiny-study` measures what their recipes pay.
 #
 # PYTHON    interpreter for .venv (3.10 or newer; the resolved package list is for 3.11)
 # PIP_ARGS  options for pip. Where pip does not find the CPU build of torch by itself:
@@ -16,7 +17,7 @@ PACKAGES := vllm_thinkfast lm_eval_tasks thinkfast_distill
 SOURCES := vllm_thinkfast lm_eval_tasks distill tests scripts demo integrations
 BIN := .venv/bin
 
-.PHONY: install demo test check format lock clean
+.PHONY: install demo test check format lock clean tiny tiny-study
 
 install:
 	@$(PYTHON) scripts/install.py
@@ -33,6 +34,12 @@ check: install
 	$(BIN)/mypy $(PACKAGES:%=-p %)
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+
+tiny: install
+	$(BIN)/python -m scripts.tiny_models
+
+tiny-study: install
+	$(BIN)/python -m scripts.tiny_study
 
 format: install
 	$(BIN)/ruff format $(SOURCES)

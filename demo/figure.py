@@ -46,11 +46,10 @@ def _draw_coverage(axes: Any, results: dict[str, Any]) -> None:
         low = [max(0.0, v - e) for v, e in zip(values, errors, strict=True)]
         high = [min(100.0, v + e) for v, e in zip(values, errors, strict=True)]
         axes.fill_between(ks, low, high, color=colour, alpha=0.2, linewidth=0)
-        style = "-" if model["is_trained"] else "--"
         axes.plot(
             ks,
             values,
-            style,
+            "-",
             marker=marker,
             color=colour,
             label=model["label"],
@@ -81,10 +80,7 @@ def _draw_speed(axes: Any, results: dict[str, Any]) -> None:
     models = results["models"]
     for i, (model, colour) in enumerate(zip(models, COLOURS, strict=False)):
         summary = model["speed"]["decode"]["tokens_per_s"]
-        hatch = None if model["is_trained"] else "///"
-        axes.bar(
-            i, summary["median"], 0.55, color=colour, alpha=0.35, hatch=hatch, edgecolor=colour
-        )
+        axes.bar(i, summary["median"], 0.55, color=colour, alpha=0.35, edgecolor=colour)
         values = [r[model["name"]]["decode_tokens_per_s"] for r in rounds]
         offsets = [i + 0.3 * (j / max(1, len(values) - 1) - 0.5) for j in range(len(values))]
         axes.plot(offsets, values, "o", color=colour, ms=3.5)

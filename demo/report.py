@@ -68,10 +68,8 @@ def build_results(
             {
                 "name": c.name,
                 "label": c.label,
-                "is_trained": c.is_trained,
                 "attention_layers": c.attention_layers,
                 "identity": c.identity,
-                "notes": c.notes,
                 **passk,
                 "speed": speed[c.name],
             }
@@ -138,19 +136,11 @@ def _notes(results: dict[str, Any]) -> list[str]:
     batch = (
         f"{settings['speed_sequences']} sequences at once, {settings['speed_tokens']} tokens each"
     )
-    notes = [
+    return [
         f"{sampled}, temperature {settings['temperature']}; ± is the standard error over problems.",
         f"*  {batch}; median (range) of {rounds} rounds.",
         "** to the first model in the same round: median (range). Compare this, not tokens/s.",
     ]
-    for m in models:
-        if not m["is_trained"]:
-            notes.append(
-                f"{m['label']}: converted from the first model without one step of training. Its "
-                "pass@k says nothing about trained students; its speed and memory do not depend "
-                "on training."
-            )
-    return notes
 
 
 def results_text(results: dict[str, Any]) -> str:

@@ -1,8 +1,8 @@
-"""``make demo``: compare a real Llama with a MambaInLlama converted from it, both in vLLM.
+"""``make demo``: a Llama against the Llamba and the MambaInLlama distilled from it, in vLLM.
 
-Prepares the models, samples and scores both with the task ``gsm8k_passk``, measures their speed
-side by side, and writes a table, a figure and a result file. A run that was killed continues where
-it stopped.
+Samples and scores the embedded models with the task ``arith_passk``, measures their speed side by
+side, and writes a table, a figure and a result file. A run that was killed continues where it
+stopped.
 """
 
 import argparse
@@ -78,8 +78,9 @@ def parse(arguments: list[str]) -> tuple[Settings, Path, bool]:
     add = parser.add_argument
     add("--data", default=str(PROBLEMS), metavar="FILE",
         help="word problems in GSM8K's field layout, one JSON object per line; default: the "
-        "demo's own problems")  # fmt: skip
-    add("--limit", type=_whole, metavar="P", help="use only the first P problems")
+        "test problems of the task arith_passk")  # fmt: skip
+    add("--limit", type=_whole, default=d.limit, metavar="P",
+        help=f"use only the first P problems, default {d.limit}")  # fmt: skip
     add("--num-samples", type=_whole, default=d.num_samples, metavar="N",
         help=f"samples per problem, default {d.num_samples}")  # fmt: skip
     add("--max-tokens", type=_whole, default=d.max_tokens, metavar="T",
@@ -88,7 +89,7 @@ def parse(arguments: list[str]) -> tuple[Settings, Path, bool]:
         help=f"rounds of the speed measurement, at least 3, default {d.speed_rounds}")  # fmt: skip
     add("--seed", type=int, default=d.seed, help=f"default {d.seed}")
     add("--out", type=Path, default=OUT, metavar="DIR",
-        help="folder for models, results and logs, default demo-results")  # fmt: skip
+        help="folder for results and logs, default demo-results")  # fmt: skip
     add("--fresh", action="store_true", help="measure again, even what an earlier run finished")
     chosen = parser.parse_args(arguments)
     if chosen.speed_rounds < 3:
@@ -150,7 +151,7 @@ def run(arguments: list[str]) -> None:
         InputError: something the user can mend.
         EngineError: an engine failed.
     """
-    from demo.contenders import prepare_contenders
+    from demo.contenders import find_contenders
     from demo.engine import EngineProcess
     from demo.figure import draw
     from demo.report import build_results, results_text, table
@@ -158,6 +159,7 @@ def run(arguments: list[str]) -> None:
     settings, out, is_fresh = parse(arguments)
     check_packages()
     num_problems = check_data(Path(settings.data))
+    contenders = find_contenders()
     console = Console()
     lock = lock_folder(out)
     log = out / "engines.log"
@@ -169,7 +171,6 @@ def run(arguments: list[str]) -> None:
         f"{num_problems} problems from {settings.data}, {settings.num_samples} samples each"
     )
     console.say(f"messages of vLLM and lm-eval: {log}")
-    contenders = prepare_contenders(out / "models", settings.seed, log, console.say)
     values = resolved(settings)
     environment = {"versions": versions(), "hardware": hardware()}
 

@@ -19,10 +19,18 @@ BIN = Path(sys.executable).parent
 RECIPES = ROOT / "distill" / "recipes"
 TEACHER = ("llama-tiny", "arith-teacher-tiny.yaml")
 STUDENTS = (
-    ("llamba-tiny", "arith-llamba-tiny.yaml"),
-    ("mambainllama-tiny", "arith-mambainllama-tiny.yaml"),
-    ("prm-tiny", "arith-prm-tiny.yaml"),
+    ("llamba-tiny", "arith-llamba-tiny.yaml", "teacher.model"),
+    ("mambainllama-tiny", "arith-mambainllama-tiny.yaml", "teacher.model"),
+    ("prm-tiny", "arith-prm-tiny.yaml", "student.weights"),
 )
+"""Folder, recipe, and where the recipe names the teacher's folder."""
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    # For vLLM on a CPU: a GiB of cache instead of most of the memory, threads not pinned to cores.
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
 PAUSE_S = 30.0
 """Between two lines of progress."""
 
@@ -57,7 +65,7 @@ def call(command: list[str], log: Path, name: str) -> None:
     Raises:
         TrainingError: the exit code is not 0.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | ENVIRONMENT
     with (
         log.open("a", encoding="utf-8") as out,
         subprocess.Popen(
@@ -122,10 +130,13 @@ def make(out: Path, runs: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     one(*TEACHER, [])
     teacher = _shown(out / TEACHER[0])
-    # The recipes name this folder already; a model card quotes the command as it was.
-    change = [] if teacher == "thinkfast/llama-tiny" else [f"teacher.model={teacher}"]
+    # The recipes name the usual folder already; a model card quotes the command as it was.
+    is_usual = teacher == "thinkfast/llama-tiny"
     with ThreadPoolExecutor(max_workers=2) as pool:
-        jobs = [pool.submit(one, name, recipe, change) for name, recipe in STUDENTS]
+        jobs = [
+            pool.submit(one, name, recipe, [] if is_usual else [f"{key}={teacher}"])
+            for name, recipe, key in STUDENTS
+        ]
         wait(jobs, return_when=FIRST_EXCEPTION)
         for job in jobs:
             job.result()

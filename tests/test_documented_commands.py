@@ -1,8 +1,8 @@
 """Every command of the documentation is run as it is written; see CONTRIBUTING.md for the rules.
 
 A page's commands run in order in a folder of their own, in which MODEL, LLAMBA and TOKENIZER are
-tiny generated checkpoints and PROBLEMS.jsonl holds two problems, so nothing in a command has to be
-replaced but the server's port. One server runs at a time, and pages with the same ``vllm serve``
+tiny generated checkpoints, PROBLEMS.jsonl holds two problems, and distill and thinkfast are the
+checkout's, so nothing in a command has to be replaced but the server's port. One server runs at a time, and pages with the same ``vllm serve``
 line share it.
 """
 
@@ -220,6 +220,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in (folder / "MODEL").iterdir():
         if "token" in file.name:
             (folder / "TOKENIZER" / file.name).write_bytes(file.read_bytes())
+    for name in ("distill", "thinkfast"):  # pages name the checkout's recipes and models
+        (folder / name).symlink_to(ROOT / name)
     lines = "".join(json.dumps(problem) + "\n" for problem in PROBLEMS)
     (folder / "PROBLEMS.jsonl").write_text(lines)
     return folder

@@ -129,7 +129,8 @@ def _card(config: RunConfig, checkpoint: Checkpoint, run: Path) -> dict[str, Any
         "evaluation": stages[-1]["metrics"] if stages else None,
         "seed": config.seed,
         "command": _command(sessions[0]["command"]) if sessions else None,
-        "commit": checkpoint.environment.get("git_commit"),
+        # That of the code that ran: the checkout may have moved on while it did.
+        "commit": ", ".join(dict.fromkeys(s["git_commit"] for s in sessions if s["git_commit"])),
         "environment": {
             key: value
             for key, value in checkpoint.environment.items()

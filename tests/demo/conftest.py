@@ -1,4 +1,4 @@
-"""Stored results of a made-up run, and a tiny random Llama."""
+"""Stored results of a made-up run."""
 
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,13 @@ from demo.report import build_results
 from demo.settings import Contender
 
 
-def contender(name: str, *, is_trained: bool = True) -> Contender:
-    label = f"{name} model" if is_trained else f"{name} model, UNTRAINED"
-    return Contender(name, label, Path("/nowhere"), f"id-{name}", "2 of 4", is_trained)
+def contender(name: str) -> Contender:
+    return Contender(name, f"{name} model", Path("/nowhere"), f"id-{name}", "2 of 4")
 
 
 @pytest.fixture
 def contenders() -> list[Contender]:
-    return [contender("teacher"), contender("student", is_trained=False)]
+    return [contender("teacher"), contender("student")]
 
 
 def passk_result(pass_1: float) -> dict[str, Any]:
@@ -67,26 +66,3 @@ def results(contenders: list[Contender]) -> dict[str, Any]:
         "speed_tokens": 32,
     }
     return build_results(contenders, measured, {"settings": settings, "git_commit": "abc"})
-
-
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama with the proportions of the teacher: 3 query heads per key head, tied."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("llama")
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=192,
-        intermediate_size=128,
-        num_hidden_layers=5,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
-    (folder / "tokenizer_config.json").write_text("{}\n")
-    return folder

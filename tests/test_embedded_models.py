@@ -1,0 +1,67 @@
+"""The models in ``thinkfast/``: complete, small, made by shipped recipes, as good as said."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lm_eval_tasks.tasks.arith.utils import TEST_FILE
+from tests.vllm_thinkfast.models.engines import EnginePool
+
+ROOT = Path(__file__).parents[1]
+MODELS = ROOT / "thinkfast"
+ARCHITECTURES = {
+    "llama-tiny": "LlamaForCausalLM",
+    "llamba-tiny": "LlambaForCausalLM",
+    "mambainllama-tiny": "MambaInLlamaForCausalLM",
+    "prm-tiny": "LlamaForCausalLM",
+}
+GENERATORS = [name for name in ARCHITECTURES if name != "prm-tiny"]
+# One greedy answer for each of the first 60 test problems; sampling at 0.7 solves about as many.
+MIN_SOLVED = 33
+
+
+def test_folders_are_small_and_complete() -> None:
+    assert {path.name for path in MODELS.iterdir() if path.is_dir()} == set(ARCHITECTURES)
+    files = [file for file in MODELS.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 12e6
+    assert not [file for file in files if file.suffix in (".bin", ".pt", ".pkl")]
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_card_names_the_recipe_and_the_commit(name: str) -> None:
+    config = json.loads((MODELS / name / "config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == [ARCHITECTURES[name]]
+    card = (MODELS / name / "README.md").read_text(encoding="utf-8")
+    (recipe,) = set(re.findall(r"distill/recipes/[\w.-]+\.yaml", card))
+    assert (ROOT / recipe).is_file()
+    (commit,) = re.findall(r"^\* commit: (.*)$", card, re.MULTILINE)
+    assert re.fullmatch(r"[0-9a-f]{40}", commit), "trained from a checkout without changes"
+    assert "/home" not in card
+    assert "/tmp" not in card
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[EnginePool]:
+    pool = EnginePool()
+    yield pool
+    pool.close()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", GENERATORS)
+def test_generators_solve_what_they_should(name: str, engines: EnginePool) -> None:
+    from vllm import SamplingParams
+
+    rows = [json.loads(line) for line in TEST_FILE.read_text(encoding="utf-8").splitlines()[:60]]
+    llm = engines.get(MODELS / name, skip_tokenizer_init=False, max_num_seqs=64)
+    chats = [[{"role": "user", "content": row["question"]}] for row in rows]
+    outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=128), use_tqdm=False)
+    solved = [
+        output.outputs[0].text.rpartition("#### ")[2] == row["answer"].rpartition("#### ")[2]
+        for output, row in zip(outputs, rows, strict=True)
+    ]
+    assert all(output.outputs[0].finish_reason == "stop" for output in outputs)
+    assert sum(solved) >= MIN_SOLVED, f"{name}: {sum(solved)} of {len(solved)}"
