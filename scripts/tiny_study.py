@@ -78,8 +78,6 @@ def variants() -> list[Variant]:
         Variant("Llamba, forward KL only", LLAMBA, pure, losses={reverse: "forward_kl"}),
         Variant("Llamba, reverse KL only", LLAMBA, pure, losses={forward: "reverse_kl"}),
         Variant("hybrid", HYBRID, hybrid, with_stages=True),
-        Variant("hybrid, init random", HYBRID, hybrid, init="random"),
-        Variant("hybrid, forward KL only", HYBRID, hybrid, losses={reverse: "forward_kl"}),
         Variant("hybrid, reverse KL only", HYBRID, hybrid, losses={forward: "reverse_kl"}),
     ]
 

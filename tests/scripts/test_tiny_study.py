@@ -33,7 +33,7 @@ def test_recipe_is_valid(variant: Variant, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["Llamba", "hybrid"])
 def test_variants_have_the_same_budget(kind: str) -> None:
     of_kind = [v for v in VARIANTS if v.name.split(",")[0] == kind]
-    assert len(of_kind) >= 4
+    assert len(of_kind) >= 2
     assert len({sum(v.tokens.values()) for v in of_kind}) == 1
     assert [v.name for v in of_kind if v.with_stages] == [kind]
 
