@@ -24,6 +24,10 @@ from lm_eval_tasks.workers import WorkerPool
 
 Source = Literal["boxed", "hash", "phrase", "number"]
 
+#: The extraction rules in order, and their version. Part of every task's version: changing a rule
+#: means a new number here and a new version in the tasks' YAML files.
+EXTRACTION = "boxed-hash-phrase-number/1"
+
 #: Characters at the end of a text that are searched; an answer further up is not a final answer.
 MAX_TEXT_CHARS = 65_536
 #: Longer answers are only compared as strings; the longest MATH-500 gold has 92 characters.
@@ -158,7 +162,7 @@ _TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{[^{}]*\}")
 _TOKEN = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
 
 
-def _only_number(answer: str) -> Fraction | None:
+def number_in_words(answer: str) -> Fraction | None:
     """Return the number of an answer in words and units ("x = 18", "18 dollars"), if it has one.
 
     Words and units may surround the number; an operator or a second number may not.
@@ -200,7 +204,7 @@ def same_number_many(gold: Fraction, answers: Sequence[str]) -> list[bool]:
     undecided: list[str] = []
     for answer in dict.fromkeys(answers):
         number = parse_number(answer)
-        number = _only_number(answer) if number is None else number
+        number = number_in_words(answer) if number is None else number
         if number is None:
             undecided.append(answer)
         else:
@@ -223,27 +227,66 @@ def _cheap_verdict(gold: str, answer: str) -> bool | None:
     return None
 
 
+def equal_pairs(pairs: Sequence[tuple[str, str]]) -> list[bool]:
+    """Return math-verify's verdict on pairs of answers, in either order, for voting.
+
+    Args:
+        pairs: answers as extracted; unlike in `equivalent_many` neither one is the gold answer, so
+            a pair is equal when math-verify says so for one of its two orders.
+    """
+    forward = _verifier.verify_pairs([(normalise(a), normalise(b)) for a, b in pairs])
+    backward = _verifier.verify_pairs([(normalise(b), normalise(a)) for a, b in pairs])
+    return [one or other for one, other in zip(forward, backward, strict=True)]
+
+
+def signatures(answers: Sequence[str]) -> list[str | None]:
+    """Return a word for each answer that answers of equal value share, None where none is found.
+
+    It comes from `lm_eval_tasks.math_worker`; an answer longer than `MAX_ANSWER_CHARS` has none.
+    """
+    texts = [normalise(answer) for answer in answers]
+    short = [text for text in dict.fromkeys(texts) if text and len(text) <= MAX_ANSWER_CHARS]
+    found = dict(zip(short, _verifier.signatures(short), strict=True))
+    return [found.get(text) for text in texts]
+
+
 class _Verifier:
     """math-verify behind the worker pool and a cache of verdicts."""
 
     def __init__(self) -> None:
         self.pool: WorkerPool | None = None  # started at the first comparison that needs it
         self._verdicts: dict[tuple[str, str], bool] = {}
+        self._signatures: dict[str, str | None] = {}
         self._lock = threading.Lock()
 
     def verify(self, gold: str, answers: Sequence[str]) -> list[bool]:
         """Return math-verify's verdict on each answer; ``gold`` is normalised."""
-        keys = [(gold, normalise(answer)) for answer in answers]
+        return self.verify_pairs([(gold, normalise(answer)) for answer in answers])
+
+    def verify_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Return math-verify's verdict on each normalised (gold, answer) pair."""
         with self._lock:
-            if len(self._verdicts) + len(keys) > _MAX_CACHED_VERDICTS:
+            if len(self._verdicts) + len(pairs) > _MAX_CACHED_VERDICTS:
                 self._verdicts.clear()
-            unknown = [key for key in dict.fromkeys(keys) if key not in self._verdicts]
+            unknown = [pair for pair in dict.fromkeys(pairs) if pair not in self._verdicts]
             if unknown:
                 self.pool = self.pool or WorkerPool()
                 outcomes = self.pool.compare(unknown)
-                for key, outcome in zip(unknown, outcomes, strict=True):
-                    self._verdicts[key] = outcome == "equal"
-            return [self._verdicts[key] for key in keys]
+                for pair, outcome in zip(unknown, outcomes, strict=True):
+                    self._verdicts[pair] = outcome == "equal"
+            return [self._verdicts[pair] for pair in pairs]
+
+    def signatures(self, texts: Sequence[str]) -> list[str | None]:
+        """Return the signature of each normalised answer."""
+        with self._lock:
+            if len(self._signatures) + len(texts) > _MAX_CACHED_VERDICTS:
+                self._signatures.clear()
+            unknown = [text for text in texts if text not in self._signatures]
+            if unknown:
+                self.pool = self.pool or WorkerPool()
+                found = self.pool.signatures(unknown)
+                self._signatures.update(zip(unknown, found, strict=True))
+            return [self._signatures[text] for text in texts]
 
 
 _verifier = _Verifier()

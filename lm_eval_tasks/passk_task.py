@@ -1,11 +1,15 @@
-"""The lm-eval task class behind ``math500_passk`` and ``gsm8k_passk``.
+"""The lm-eval task class behind ``math500_*``, ``gsm8k_*``, ``gsm8k_500_*`` and ``arith_*``.
+
+The last word of a task's name says what is computed from the N samples of a problem: ``passk``
+pass@k, ``maj`` the majority vote as well, ``bon`` and ``wbon`` Best-of-N and the vote weighted by a
+process reward model beside those.
 
 lm-eval fixes the number of samples in the YAML file, keeps only the first of them by default, and
 accepts several flags that make the samples copies of each other without a word. This class reads N
 from the command line (``--metadata num_samples=16``), hands all N texts to the score, and refuses
 or announces what would spoil them. docs/evaluation.md describes every option.
 
-lm-eval must be installed; nothing else in this package imports it.
+lm-eval must be installed; scoring without it goes through `lm_eval_tasks.scoring`.
 """
 
 import difflib
@@ -21,14 +25,31 @@ from lm_eval_tasks import task_path
 from lm_eval_tasks.chat import checkpoint_chat_template
 from lm_eval_tasks.data import FieldTypes, read_local_rows
 from lm_eval_tasks.errors import stop
-from lm_eval_tasks.scoring import Grader, metric_names, problem_metrics, score_problem
+from lm_eval_tasks.rewards.aggregation import AGGREGATIONS, aggregate
+from lm_eval_tasks.scoring import grading_of, metric_names, problem_metrics, score_problem
 from lm_eval_tasks.vllm_hook import SampleRequest, install_vllm_hook
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_NUM_SAMPLES = 64
 #: Keys of --metadata that the tasks read. lm-eval merges --model_args into the same mapping.
-OPTIONS = ("num_samples", "data_file", "chat_template", "allow_identical_samples")
+OPTIONS = (
+    "num_samples",
+    "data_file",
+    "chat_template",
+    "allow_identical_samples",
+    "reward",
+    "aggregation",
+)
+#: Last word of a task's name -> what it reports for each k. The later ones include the earlier
+#: ones, which cost nothing more than the samples that are there.
+KINDS: dict[str, tuple[str, ...]] = {
+    "passk": ("pass",),
+    "maj": ("pass", "maj"),
+    "bon": ("pass", "maj", "bon"),
+    "wbon": ("pass", "maj", "bon", "weighted_bon"),
+}
+_REWARDED = ("bon", "weighted_bon")
 
 
 def keep_all(resps: Sequence[list[str]], docs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -36,37 +57,42 @@ def keep_all(resps: Sequence[list[str]], docs: Sequence[Mapping[str, Any]]) -> l
     return list(resps)
 
 
-def score_results(results: Sequence[Sequence[str]], grade: Grader) -> dict[str, float]:
-    """Return the metrics of one problem from what lm-eval hands to ``process_results``.
+class RatedSamples(list[str]):
+    """The N samples of a problem on their way to the score, with their rewards."""
 
-    Args:
-        results: one entry, the list of the N samples.
-        grade: decides about the extracted answers of this problem.
+    scores: list[float | None] | None = None
+    """Aggregated reward of each sample, None for one without; None as a whole: no reward."""
 
-    Raises:
-        InputError: a filter other than `keep_all` has dropped samples.
-    """
-    samples = results[0]
-    if isinstance(samples, str):
-        stop("a filter reduced the samples of a problem to one text; remove filter_list overrides")
-    return problem_metrics(score_problem(samples, grade))
+
+def scored_by_the_class(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, float]:
+    """Stand in for a YAML file's ``process_results``, without which lm-eval wants other metrics."""
+    raise AssertionError("PassAtKTask.process_results is called instead")
 
 
 class PassAtKTask(ConfigurableTask):
-    """A benchmark of which N samples per problem are drawn and scored by pass@k.
+    """A benchmark of which N samples per problem are drawn and scored for every k up to N.
 
-    Subclasses name the benchmark's fields; the YAML beside them holds prompt, data set and sampling
-    defaults, and is the only place for them.
+    Subclasses name the benchmark's fields; the YAML files beside them hold prompt, data set and
+    sampling defaults, and are the only place for them.
     """
 
+    BENCHMARK: ClassVar[str] = ""
+    """Name without the kind: how answers are judged (`lm_eval_tasks.scoring.grading_of`)."""
+    PROBLEMS: ClassVar[str] = ""
+    """First part of the problems' names, from which the samples' seeds follow; a part of a
+    benchmark has that of the whole, so that it draws the same samples."""
     REQUIRED: ClassVar[FieldTypes] = {}
     """Fields that every row must have."""
     OPTIONAL: ClassVar[FieldTypes] = {}
     """Fields that are kept when every row has them."""
     ID_FIELD: ClassVar[str | None] = None
     """Field that identifies a problem; without it, its position in the data set does."""
-    DEFINITION: ClassVar[str] = ""
-    """The YAML file, relative to `task_path()`."""
+    QUESTION_FIELD: ClassVar[str] = "question"
+    """Field with the bare question, which reward models read."""
+    NUM_ROWS: ClassVar[int | None] = None
+    """Use only the first rows of the data set; None for all."""
+    FOLDER: ClassVar[str] = ""
+    """Folder of the YAML files, relative to `task_path()`."""
 
     @staticmethod
     def check_row(row: Mapping[str, Any]) -> str | None:
@@ -77,15 +103,18 @@ class PassAtKTask(ConfigurableTask):
         """Build the task from its YAML, completed by the options given at run time."""
         config = self._complete(dict(config or {}))
         metadata = config["metadata"]
+        self.methods = KINDS[config["task"].rpartition("_")[2]]
         self.num_samples = _num_samples(metadata)
         _check_options(metadata)
+        _check_reward(config["task"], self.BENCHMARK, metadata, self.methods)
+        config["process_results"] = scored_by_the_class
         config["repeats"] = self.num_samples
         # One pipeline only: lm-eval scores and logs everything again for each.
         keep = {"function": "custom", "filter_fn": keep_all}
         config["filter_list"] = [{"name": "all", "filter": [keep]}]
         config["metric_list"] = [
             {"metric": name, "aggregation": "mean", "higher_is_better": higher}
-            for name, higher in metric_names(self.num_samples).items()
+            for name, higher in metric_names(self.num_samples, self.methods).items()
         ]
         super().__init__(config=config)
 
@@ -94,7 +123,7 @@ class PassAtKTask(ConfigurableTask):
         config.pop("class", None)
         given = config.pop("metadata", None) or {}
         if "doc_to_text" not in config:
-            definition = load_yaml(task_path() / self.DEFINITION)
+            definition = load_yaml(task_path() / self.FOLDER / f"{config['task']}.yaml")
             definition.pop("class")
             config = definition | config
             given = definition["metadata"] | given
@@ -116,11 +145,29 @@ class PassAtKTask(ConfigurableTask):
                     f"cannot load {self.config.dataset_path} from the hub ({reason}); without a "
                     "network, give the same rows with --metadata data_file=FILE.jsonl"
                 )
+            self._keep_first_rows()
             return
         import datasets
 
         rows = read_local_rows(str(path), self.REQUIRED, self.OPTIONAL, self.check_row)
         self.dataset = {self.config.test_split: datasets.Dataset.from_list(rows)}
+        self._keep_first_rows()
+
+    def _keep_first_rows(self) -> None:
+        if self.NUM_ROWS is None:
+            return
+        rows = self.dataset[self.config.test_split]
+        if len(rows) < self.NUM_ROWS:
+            stop(
+                f"{self.config.task} is the first {self.NUM_ROWS} rows of the test set and the "
+                f"data has {len(rows)}; for other rows take the task of the whole benchmark"
+            )
+        self.dataset = {self.config.test_split: rows.select(range(self.NUM_ROWS))}
+
+    @staticmethod
+    def gold(doc: Mapping[str, Any]) -> str:
+        """Return the gold answer of a row."""
+        raise NotImplementedError
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -200,7 +247,7 @@ class PassAtKTask(ConfigurableTask):
             arguments=request.arguments,
             idx=request.idx,
             metadata=request.metadata,
-            problem=f"{self.config.task}/{request.doc_id if name is None else name}",
+            problem=f"{self.PROBLEMS}/{request.doc_id if name is None else name}",
         )
 
     # -- responses --------------------------------------------------------------------------------
@@ -215,7 +262,57 @@ class PassAtKTask(ConfigurableTask):
                 )
         if self.num_samples > 1 and all(len(set(r.resps)) == 1 for r in self._instances):
             self._report_identical()
-        return super().apply_filters()  # type: ignore[no-any-return]
+        filtered = super().apply_filters()
+        for request in self._instances:
+            for name, samples in request.filtered_resps.items():
+                if isinstance(samples, str):
+                    stop(
+                        "a filter reduced the samples of a problem to one text; remove "
+                        "filter_list overrides"
+                    )
+                request.filtered_resps[name] = RatedSamples(samples)
+        if self._is_scored() and any(method in self.methods for method in _REWARDED):
+            self._rate()
+        return filtered  # type: ignore[no-any-return]
+
+    def _rate(self) -> None:
+        """Give all samples their rewards, from a model that is loaded for that and freed again."""
+        from lm_eval_tasks.rewards.reward import get_reward
+
+        metadata = self.config.metadata
+        aggregation = metadata["aggregation"]
+        reward = get_reward(metadata["reward"])
+        try:
+            for request in self._instances:
+                question = str(request.doc[self.QUESTION_FIELD])
+                for samples in request.filtered_resps.values():
+                    found = reward.score_texts([(question, str(text)) for text in samples])
+                    # Rounded as in the files of thinkfast-eval reward.
+                    steps = [[round(step, 9) for step in one.step_scores] for one in found]
+                    samples.scores = [aggregate(scores, aggregation) for scores in steps]
+        finally:
+            reward.close()
+
+    def _is_scored(self) -> bool:
+        """Whether lm-eval wants metrics: ``--predict_only`` takes the function away."""
+        return self.config.process_results is scored_by_the_class
+
+    def process_results(
+        self, doc: Mapping[str, Any], results: Sequence[RatedSamples]
+    ) -> dict[str, float]:
+        """Return the metrics of one problem.
+
+        Args:
+            doc: the row.
+            results: one entry, the N samples.
+        """
+        if not self._is_scored():
+            return super().process_results(doc, results)  # type: ignore[no-any-return]
+        (samples,) = results
+        grading = grading_of(self.BENCHMARK)
+        return problem_metrics(
+            score_problem(samples, self.gold(doc), grading, samples.scores), self.methods
+        )
 
     def _report_identical(self) -> None:
         text = str(self._instances[0].resps[0])
@@ -254,3 +351,25 @@ def _check_options(metadata: Mapping[str, Any]) -> None:
     allow = metadata.get("allow_identical_samples", False)
     if not isinstance(allow, bool):
         stop(f"--metadata allow_identical_samples={allow!r}: accepted are true and false")
+
+
+def _check_reward(
+    task: str, benchmark: str, metadata: dict[str, Any], methods: Sequence[str]
+) -> None:
+    """Refuse a missing or wrong reward before anything is sampled; write the default in."""
+    if not any(method in methods for method in _REWARDED):
+        return  # the options may be meant for other tasks of the same run
+    from lm_eval_tasks.rewards.spec import parse_spec
+
+    spec = metadata.get("reward")
+    if not isinstance(spec, str):
+        stop(
+            f"{task} needs a process reward model: --metadata reward=MODEL, or reward=MODEL,"
+            "key=value,... in the JSON form of --metadata (docs/evaluation.md); "
+            f"{benchmark}_maj needs none"
+        )
+    parse_spec(spec)
+    aggregation = metadata.setdefault("aggregation", "last")
+    if aggregation not in AGGREGATIONS:
+        accepted = ", ".join(AGGREGATIONS)
+        stop(f"--metadata aggregation={aggregation!r}: accepted are {accepted}")

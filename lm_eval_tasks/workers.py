@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -20,14 +21,18 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 logger = logging.getLogger(__name__)
 
 Outcome = Literal["equal", "different", "error", "timeout", "died"]
+_OUTCOMES: dict[str, Outcome] = {word: word for word in get_args(Outcome)}
 
-#: Wall-clock seconds for one comparison; a normal one takes milliseconds.
+#: Seconds of processor time for one comparison; a normal one takes milliseconds. Processor time, so
+#: that a verdict does not depend on what else the machine does.
 DEADLINE_S = 5.0
+#: Wall-clock limit in deadlines, for a comparison that waits instead of computing.
+_WALL_FACTOR = 12
 #: Address space of a worker; sympy and its parser need about 0.3 GiB of it.
 MEMORY_BYTES = 2 << 30
 #: Seconds for the imports of a fresh worker, generous because machines start slowly.
@@ -41,9 +46,9 @@ class _Worker:
 
     def __init__(self, deadline_s: float, memory_bytes: int) -> None:
         script = Path(__file__).with_name("math_worker.py")
-        # The child's own watchdog fires only if this process can no longer kill it.
-        command = [sys.executable, "-W", "ignore", str(script)]
-        command += [str(2 * deadline_s + 1), str(memory_bytes)]
+        # The child's wall-clock watchdog fires only if this process can no longer kill it.
+        command = [sys.executable, "-W", "ignore", str(script), str(deadline_s)]
+        command += [str(2 * _WALL_FACTOR * deadline_s + 1), str(memory_bytes)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
@@ -56,12 +61,12 @@ class _Worker:
         self.expires = time.monotonic() + START_S
         self._buffer = b""
 
-    def send(self, job: int, gold: str, answer: str, deadline_s: float) -> None:
+    def send(self, job: int, texts: tuple[str, ...], deadline_s: float) -> None:
         self.job = job
-        self.expires = time.monotonic() + deadline_s
+        self.expires = time.monotonic() + _WALL_FACTOR * deadline_s
         # If it died while idle, reading its end of file reports that.
         with contextlib.suppress(BrokenPipeError):
-            self.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
+            self.stdin.write(json.dumps(texts).encode() + b"\n")
             self.stdin.flush()
 
     def read_word(self) -> str | None:
@@ -97,7 +102,7 @@ class WorkerPool:
 
         Args:
             size: number of workers, default: the CPU count, at most 8.
-            deadline_s: wall-clock seconds until a comparison is killed.
+            deadline_s: seconds of processor time until a comparison is killed.
             memory_bytes: address space of each worker.
 
         Raises:
@@ -126,34 +131,50 @@ class WorkerPool:
         Raises:
             RuntimeError: a worker could not start (the message says why).
         """
+        return [_OUTCOMES[word] for word in self._run(pairs)]
+
+    def signatures(self, answers: Sequence[str]) -> list[str | None]:
+        """Return what kind of value each answer has; see `lm_eval_tasks.math_worker.signature`.
+
+        Returns:
+            A signature, or None for an answer that could not be read within time and memory.
+
+        Raises:
+            RuntimeError: a worker could not start (the message says why).
+        """
+        words = self._run([(answer,) for answer in answers])
+        return [None if word in _OUTCOMES else word for word in words]
+
+    def _run(self, jobs: Sequence[tuple[str, ...]]) -> list[str]:
+        """Return each job's word: the worker's own, or "timeout" or "died"."""
         with self._lock:
             if os.getpid() != self._owner:
                 # A fork copied the pool: the pipes belong to the original process.
                 self._workers, self._owner = [], os.getpid()
-            return self._compare(pairs)
+            return self._run_locked(jobs)
 
-    def _compare(self, pairs: Sequence[tuple[str, str]]) -> list[Outcome]:
-        outcomes: dict[int, Outcome] = {}
-        waiting = deque(range(len(pairs)))
+    def _run_locked(self, jobs: Sequence[tuple[str, ...]]) -> list[str]:
+        words: dict[int, str] = {}
+        waiting = deque(range(len(jobs)))
         for worker in [w for w in self._workers if w.process.poll() is not None]:
-            self._workers.remove(worker)  # ended between two calls: no pair is to blame
+            self._workers.remove(worker)  # ended between two calls: no job is to blame
             worker.kill()
-        while len(outcomes) < len(pairs):
+        while len(words) < len(jobs):
             for worker in self._workers:
                 if waiting and worker.is_ready and worker.job is None:
                     job = waiting.popleft()
-                    worker.send(job, *pairs[job], self.deadline_s)
+                    worker.send(job, jobs[job], self.deadline_s)
             starting = sum(not worker.is_ready for worker in self._workers)
             if len(waiting) > starting and len(self._workers) < self.size:
                 self._workers.append(_Worker(self.deadline_s, self.memory_bytes))
                 continue
             for worker in self._await_change():
-                outcome = self._advance(worker)
-                if outcome is not None:
+                word = self._advance(worker)
+                if word is not None:
                     assert worker.job is not None
-                    outcomes[worker.job] = outcome
+                    words[worker.job] = word
                     worker.job = None
-        return [outcomes[job] for job in range(len(pairs))]
+        return [words[job] for job in range(len(jobs))]
 
     def _await_change(self) -> list[_Worker]:
         """Return the workers that have output or are past their deadline."""
@@ -166,8 +187,8 @@ class WorkerPool:
         now = time.monotonic()
         return changed + [w for w in active if w not in changed and w.expires <= now]
 
-    def _advance(self, worker: _Worker) -> Outcome | None:
-        """Take a worker's news; return its job's outcome if that is decided."""
+    def _advance(self, worker: _Worker) -> str | None:
+        """Take a worker's news; return its job's word if that is decided."""
         expired = worker.expires <= time.monotonic()
         word = "" if expired else worker.read_word()
         if word is None:
@@ -175,13 +196,16 @@ class WorkerPool:
         if word == "ready":
             worker.is_ready = True
             return None
-        if word in ("equal", "different", "error"):
-            return word  # type: ignore[return-value]
+        if worker.is_ready and word:
+            return word
         self._workers.remove(worker)
+        if not expired and not word:  # end of file: it is ending by itself, and how matters
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(1.0)
         worker.kill()
         if not worker.is_ready:
             reason = word or (f"no answer within {START_S:.0f} s" if expired else "it exited")
             raise RuntimeError(f"the answer-comparing worker did not start: {reason}; {_INSTALL}")
-        outcome: Outcome = "timeout" if expired else "died"
-        logger.debug("a comparison was ended: %s", outcome)
-        return outcome
+        is_late = expired or worker.process.returncode == -signal.SIGPROF
+        logger.debug("a comparison was ended after %s", "its deadline" if is_late else "a crash")
+        return "timeout" if is_late else "died"

@@ -24,7 +24,9 @@ from lm_eval_tasks.answers import (
 )
 from lm_eval_tasks.workers import WorkerPool
 
-CASES = json.loads(Path(__file__).with_name("answer_cases.json").read_text())
+#: Groups of cases, each with the source that the group stands for.
+GROUPS = json.loads(Path(__file__).with_name("answer_cases.json").read_text())
+CASES = [case for group in GROUPS for case in group["cases"]]
 
 
 def _text(answer: Any) -> str:
@@ -48,6 +50,12 @@ def test_equivalent(case: dict[str, Any]) -> None:
     start = time.monotonic()
     assert equivalent(case["gold"], _text(case["answer"])) is case["equal"]
     assert time.monotonic() - start < case.get("max_s", 30)
+
+
+def test_the_table_has_200_cases_with_sources() -> None:
+    assert len(CASES) >= 200
+    assert all(group["source"] and group["cases"] for group in GROUPS)
+    assert 60 < sum(case["equal"] for case in CASES) < len(CASES) - 60, "both verdicts"
 
 
 def test_equivalent_many_keeps_order_and_survives_a_killed_worker() -> None:

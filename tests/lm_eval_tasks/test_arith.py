@@ -10,8 +10,9 @@ from scripted_lm import ScriptedLM, evaluate, write_jsonl
 
 from lm_eval_tasks.answers import extract_answer
 from lm_eval_tasks.errors import InputError
-from lm_eval_tasks.tasks.arith.utils import TEST_FILE, process_results
-from lm_eval_tasks.tasks.gsm8k.utils import gold_number
+from lm_eval_tasks.scoring import grading_of, problem_metrics, score_problem
+from lm_eval_tasks.tasks.arith.utils import TEST_FILE
+from lm_eval_tasks.tasks.gsm8k.utils import gold_answer
 
 ROOT = Path(__file__).parents[2]
 ROWS = [json.loads(line) for line in TEST_FILE.read_text(encoding="utf-8").splitlines()]
@@ -45,7 +46,7 @@ def test_shipped_solutions_are_right() -> None:
                 assert number is not None
                 is_more = any(verb in sentence for verb in ("buys", "finds", "gets"))
                 value += number if is_more else -number
-        assert gold_number(row["answer"]) == value, row["id"]
+        assert gold_answer(row["answer"]) == str(value), row["id"]
 
 
 def test_the_answer_format_is_extracted() -> None:
@@ -53,10 +54,11 @@ def test_the_answer_format_is_extracted() -> None:
     assert [extract_answer(row["answer"]).answer for row in ROWS] == [_gold(row) for row in ROWS]
 
 
-def test_process_results_grades_the_last_answer() -> None:
+def test_grading_takes_the_last_answer() -> None:
     row = ROWS[0]
     wrong = row["answer"].replace(f"#### {_gold(row)}", f"#### {int(_gold(row)) + 1}")
-    found = process_results(row, [[row["answer"], wrong, f"\\boxed{{{_gold(row)}.0}}", ""]])
+    samples = [row["answer"], wrong, f"\\boxed{{{_gold(row)}.0}}", ""]
+    found = problem_metrics(score_problem(samples, _gold(row), grading_of("arith")))
     assert found["pass@1"] == pytest.approx(2 / 4)
     assert found["pass@4"] == 1.0
     assert found["no_answer"] == pytest.approx(1 / 4)

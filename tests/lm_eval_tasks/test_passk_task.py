@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import statistics
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,16 @@ from typing import Any
 import lm_eval
 import pytest
 from lm_eval.tasks import TaskManager
+from run_folders import write_run, write_scores
 from scripted_lm import GSM8K_ROWS, MATH500_ROWS, ScriptedLM, evaluate, write_jsonl
 
 from lm_eval_tasks import task_path
+from lm_eval_tasks.commands.score import evaluate_run
 from lm_eval_tasks.errors import InputError
 from lm_eval_tasks.estimators import pass_at_k
+from lm_eval_tasks.rewards.reward import Scored
 from lm_eval_tasks.samples import SampledText
+from lm_eval_tasks.verdicts import score_run
 
 GSM8K_CORRECT = [1, 0, 4]
 GOLD = ["18", "70,000", "5"]
@@ -236,7 +241,7 @@ def test_wrong_options(gsm8k: str, options: dict[str, Any], message: str) -> Non
     assert caught.value.code == 2
 
 
-@pytest.mark.parametrize("task", ["gsm8k_passk", "math500_passk"])
+@pytest.mark.parametrize("task", ["gsm8k_passk", "gsm8k_maj", "math500_passk", "math500_maj"])
 def test_index_entry_is_completed_from_the_definition(
     task: str, gsm8k: str, math500: str, tmp_path: Path
 ) -> None:
@@ -306,3 +311,177 @@ def test_two_tasks_in_one_run(gsm8k: str, math500: str, monkeypatch: pytest.Monk
     assert len(lm.calls[0]) == 10
     assert results["results"]["gsm8k_passk"]["pass@2,all"] == pytest.approx(1 / 3)
     assert results["results"]["math500_passk"]["pass@2,all"] == 0.0
+
+
+# -- votes and rewards ----------------------------------------------------------------------------
+
+
+class ScriptedReward:
+    """Rates a text by the number after "score"; one without it has no steps, so no score."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self.is_closed = False
+
+    def score_texts(self, samples: list[tuple[str, str]]) -> list[Scored]:
+        self.asked += samples
+        found = []
+        for _, text in samples:
+            steps = [float(word) for word in text.partition("score")[2].split()]
+            steps = [0.99] if text == "no idea" else steps
+            found.append(Scored(steps, 5, None if steps else "empty"))
+        return found
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.fixture
+def reward(monkeypatch: pytest.MonkeyPatch) -> ScriptedReward:
+    scripted = ScriptedReward()
+    monkeypatch.setattr("lm_eval_tasks.rewards.reward.get_reward", lambda spec: scripted)
+    return scripted
+
+
+SPEC = "some/prm,protocol=math-shepherd"
+#: Right answers, wrong ones that agree, one without an answer, one without a score.
+TEXTS = [
+    "\\boxed{GOLD} score 0.2 0.9",
+    "\\boxed{1} score 0.3 0.4",
+    "\\boxed{1} score 0.8 0.35",
+    "\\boxed{2} score 0.5 0.1",
+    "no idea",
+    "\\boxed{GOLD}",
+]
+
+
+def _voting_script(prompt: str, j: int) -> SampledText:
+    i = _problem(prompt)
+    text = TEXTS[(j + i) % 6].replace("GOLD", GOLD[i] if i < 2 else "6")
+    return SampledText(text, 10 + j, "length" if j == 5 else "stop")
+
+
+def test_maj(gsm8k: str) -> None:
+    lm = ScriptedLM(_voting_script)
+    results = evaluate(lm, "gsm8k_maj", {"num_samples": 6, "data_file": gsm8k})
+    found = results["results"]["gsm8k_maj"]
+    assert found["maj@1,all"] == pytest.approx(2 / 9)
+    assert found["pass@1,all"] == pytest.approx(2 / 9)
+    assert found["maj@6,all"] == pytest.approx((0.5 + 0.5 + 0) / 3), "2 right against 2 wrong: tie"
+    assert "maj@6_stderr,all" in found
+    assert not any(name.startswith(("bon", "weighted")) for name in found)
+
+
+def test_wbon(gsm8k: str, reward: ScriptedReward) -> None:
+    options = {"num_samples": 6, "data_file": gsm8k, "reward": SPEC}
+    results = evaluate(ScriptedLM(_voting_script), "gsm8k_wbon", options)
+    found = results["results"]["gsm8k_wbon"]
+    assert found["bon@6,all"] == pytest.approx(2 / 3), "the best rated has no answer, then 0.9"
+    assert found["weighted_bon@6,all"] == pytest.approx(2 / 3), "0.9 against 0.75"
+    assert found["weighted_bon@1,all"] == pytest.approx(1 / 9), "no score, no vote"
+    metadata = results["configs"]["gsm8k_wbon"]["metadata"]
+    assert (metadata["reward"], metadata["aggregation"]) == (SPEC, "last")
+    assert [question for question, _ in reward.asked[::6]] == [r["question"] for r in GSM8K_ROWS]
+    assert reward.is_closed
+    json.dumps(results["samples"])
+    first = evaluate(ScriptedLM(_voting_script), "gsm8k_wbon", options | {"aggregation": "min"})[
+        "results"
+    ]["gsm8k_wbon"]
+    assert first["weighted_bon@6,all"] == 0.0, "0.2 against 0.3 + 0.35"
+    assert (
+        "bon@6,all"
+        in evaluate(ScriptedLM(_voting_script), "gsm8k_bon", options)["results"]["gsm8k_bon"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "gsm8k_wbon needs a process reward model: --metadata reward=MODEL"),
+        ({"reward": "some/prm"}, "say how it is read with protocol="),
+        ({"reward": SPEC, "aggregation": "max"}, "aggregation='max': accepted are min, prod"),
+    ],
+)
+def test_reward_options_are_checked_before_sampling(
+    gsm8k: str, options: dict[str, Any], message: str
+) -> None:
+    lm = ScriptedLM(_voting_script)
+    with pytest.raises(InputError) as caught:
+        evaluate(lm, "gsm8k_wbon", {"num_samples": 2, "data_file": gsm8k} | options)
+    assert message in str(caught.value)
+    assert lm.calls == []
+
+
+def test_store_gives_the_same_numbers(gsm8k: str, reward: ScriptedReward, tmp_path: Path) -> None:
+    """The same samples in a run folder, scored by thinkfast-eval's code."""
+    options = {"num_samples": 32, "data_file": gsm8k, "reward": SPEC}
+
+    def script(prompt: str, j: int) -> SampledText:
+        chance = random.Random(f"{_problem(prompt)}/{j}")
+        answer = chance.choice([GOLD[_problem(prompt)], "1", "2", "3 eggs", "3", "four"])
+        text = f"{j}: \\boxed{{{answer}}} score {chance.random():.9f}"
+        return SampledText(text if chance.random() < 0.9 else f"nothing {'x' * j}", 9, "stop")
+
+    results = evaluate(ScriptedLM(script), "gsm8k_wbon", options)["results"]["gsm8k_wbon"]
+    folder = write_run(
+        tmp_path / "run",
+        {f"gsm8k/{i}": gold for i, gold in enumerate(GOLD)},
+        {
+            f"gsm8k/{i}": [script(row["question"], j) for j in range(32)]
+            for i, row in enumerate(GSM8K_ROWS)
+        },
+    )
+    write_scores(folder, "scripted", lambda text: reward.score_texts([("", text)])[0].step_scores)
+    score_run(folder)
+    stored = evaluate_run(folder, reward="scripted", aggregation="last")
+    shared = [name for name in results if "@" in name and "stderr" not in name]
+    assert len(shared) == 4 * 6
+    for name in shared:
+        key = name.removesuffix(",all")
+        label = "[prm=scripted,last]" if "bon" in key else ""
+        mean = stored.metrics[key + label]["mean"]
+        assert results[name] == pytest.approx(mean, abs=1e-12), name
+        stderr = results[name.replace(",all", "_stderr,all")]
+        assert stored.metrics[key + label]["stderr"] == pytest.approx(stderr)
+    assert results["no_answer,all"] == pytest.approx(stored.no_answer)
+
+
+def test_all_kinds_draw_the_same_samples(gsm8k: str) -> None:
+    """Problems have one name in all of a benchmark's tasks, and the seeds follow from it."""
+    names = []
+    for task in ("gsm8k_passk", "gsm8k_maj"):
+        lm = ScriptedLM(_voting_script)
+        evaluate(lm, task, {"num_samples": 2, "data_file": gsm8k})
+        names.append([request.problem for request in lm.calls[0]])
+    assert names[0] == names[1] == [f"gsm8k/{i}" for i in range(3) for _ in range(2)]
+
+
+def test_gsm8k_500_is_the_first_500_rows(gsm8k: str, tmp_path: Path) -> None:
+    rows = [{"question": f"What is {i}?", "answer": f"#### {i}"} for i in range(502)]
+    path = str(write_jsonl(tmp_path / "many.jsonl", rows))
+    lm = ScriptedLM(lambda prompt, j: f"{j} #### {j}")
+    results = evaluate(lm, "gsm8k_500_maj", {"num_samples": 2, "data_file": path})
+    found = results["results"]["gsm8k_500_maj"]
+    assert found["pass@2,all"] == pytest.approx(2 / 500)
+    assert lm.calls[0][-1].problem == "gsm8k/499"
+    with pytest.raises(InputError, match="first 500 rows of the test set and the data has 3"):
+        evaluate(lm, "gsm8k_500_passk", {"num_samples": 2, "data_file": gsm8k})
+
+
+def test_group_of_the_paper(
+    math500: str, reward: ScriptedReward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    many = [{"question": f"What is {i}?", "answer": f"#### {i}"} for i in range(500)]
+    rows = {"openai/gsm8k": many, "HuggingFaceH4/MATH-500": MATH500_ROWS}
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda path, name=None: {"test": datasets.Dataset.from_list(rows[path])},
+    )
+    lm = ScriptedLM(lambda prompt, j: f"{j}: \\boxed{{1}} score 0.5")
+    results = evaluate(lm, "thinkfast", {"num_samples": 2, "reward": SPEC}, limit=2)
+    assert set(results["results"]) >= {"math500_wbon", "gsm8k_500_wbon"}
+    assert results["results"]["gsm8k_500_wbon"]["weighted_bon@2,all"] == 0.5
+    assert len(lm.calls[0]) == 8

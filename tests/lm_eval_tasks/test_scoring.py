@@ -7,44 +7,96 @@ from collections.abc import Sequence
 import pytest
 
 from lm_eval_tasks import task_path
+from lm_eval_tasks.answers import EXTRACTION, extract_answer
+from lm_eval_tasks.errors import InputError
 from lm_eval_tasks.samples import SampledText
-from lm_eval_tasks.scoring import ProblemScore, metric_names, problem_metrics, score_problem
+from lm_eval_tasks.scoring import (
+    METHODS,
+    NUMBER,
+    ProblemScore,
+    grading_of,
+    judge,
+    metric_names,
+    problem_metrics,
+    score_problem,
+)
 
 
 def test_score_problem() -> None:
+    samples = [
+        "\\boxed{5}",
+        "\\boxed{5}",
+        "the answer is 5.0",
+        "\\boxed{6}",
+        "no idea",
+        "\\boxed{$}",
+    ]
+    score = score_problem(samples, "5", NUMBER)
+    assert score == ProblemScore(
+        classes=[0, 0, 0, 1, None, None],
+        is_correct=[True, True, True, False, False, False],
+        num_distinct=5,
+        num_boxed=3,
+    )
+    assert (score.num_samples, score.num_correct, score.num_no_answer) == (6, 3, 2)
+    metrics = problem_metrics(score, ("pass", "maj"))
+    assert metrics["pass@1"] == metrics["maj@1"] == pytest.approx(0.5)
+    assert metrics["pass@2"] == pytest.approx(1 - 3 / 15)
+    assert metrics["maj@6"] == metrics["pass@6"] == 1.0
+    assert metrics["n_distinct"] == pytest.approx(5 / 6)
+    assert metrics["no_answer"] == pytest.approx(2 / 6)
+    assert set(metrics) == set(metric_names(6, ("pass", "maj"))) - {"truncated", "gen_tokens"}
+
+
+def test_judge_asks_once_per_answer() -> None:
     asked: list[Sequence[str]] = []
 
     def grade(answers: Sequence[str]) -> list[bool]:
         asked.append(answers)
         return [answer == "5" for answer in answers]
 
-    samples = ["\\boxed{5}", "\\boxed{5}", "the answer is 5", "\\boxed{6}", "no idea"]
-    score = score_problem(samples, grade)
-    assert score == ProblemScore(
-        num_samples=5,
-        num_correct=3,
-        num_distinct=4,
-        num_boxed=3,
-        num_no_answer=1,
-        num_truncated=None,
-        num_tokens=None,
-    )
-    assert asked == [["5", "6"]], "graded once, every different answer once"
-    metrics = problem_metrics(score)
-    assert metrics["pass@1"] == pytest.approx(0.6)
-    assert metrics["pass@2"] == pytest.approx(0.9)
-    assert metrics["pass@4"] == metrics["pass@5"] == 1.0
-    assert metrics["n_distinct"] == 0.8
-    assert set(metrics) == set(metric_names(5)) - {"truncated", "gen_tokens"}
+    judged = judge(["\\boxed{5}", "so 5", "\\boxed{6}", "?"], extract_answer, grade)
+    assert asked == [["5", "6"]]
+    assert [item.correct for item in judged] == [True, True, False, False]
+    assert [item.source for item in judged] == ["boxed", "number", "boxed", None]
+
+
+def test_problem_metrics_with_rewards() -> None:
+    samples = ["\\boxed{5}", "\\boxed{6}", "\\boxed{6}"]
+    score = score_problem(samples, "5", NUMBER, [0.9, 0.2, 0.3])
+    metrics = problem_metrics(score, METHODS)
+    assert metrics["maj@3"] == 0.0
+    assert metrics["bon@3"] == metrics["weighted_bon@3"] == 1.0
+    assert metrics["bon@2"] == pytest.approx(2 / 3)
+
+
+def test_grading_of_every_task() -> None:
+    for path in task_path().glob("*/*_passk.yaml"):
+        grading = grading_of(path.stem.removesuffix("_passk"))
+        assert grading.check_gold("5") is None
+        assert grading.check_gold(" ") == "the gold answer is empty"
+        assert grading.version_of("1.0") == f"1.0+{grading.name}"
+    assert grading_of("gsm8k").check_gold("many") == "the gold answer 'many' is no number"
+    with pytest.raises(InputError, match="task 'gsm9k' is unknown; accepted are arith, gsm8k"):
+        grading_of("gsm9k")
+
+
+def test_extraction_is_part_of_the_task_version() -> None:
+    """Changing a rule means a new number here and new versions in the YAML files."""
+    for path in task_path().glob("*/*_passk.yaml"):
+        if "include:" not in path.read_text():
+            assert "  version: " in path.read_text()
+            assert f"  extraction: {EXTRACTION}\n" in path.read_text()
+    assert EXTRACTION == "boxed-hash-phrase-number/1"
 
 
 def test_score_problem_with_facts() -> None:
     samples = [SampledText("\\boxed{5}", 10, "stop"), SampledText("\\boxed{", 30, "length")]
-    metrics = problem_metrics(score_problem(samples, lambda answers: [True] * len(answers)))
+    metrics = problem_metrics(score_problem(samples, "5", NUMBER))
     assert metrics["truncated"] == 0.5
     assert metrics["gen_tokens"] == 20
     assert set(metrics) == set(metric_names(2))
-    mixed = score_problem([samples[0], "plain"], lambda answers: [True] * len(answers))
+    mixed = score_problem([samples[0], "plain"], "5", NUMBER)
     assert mixed.num_truncated is None
     assert mixed.num_tokens is None
 
@@ -53,7 +105,7 @@ def test_scoring_needs_neither_torch_nor_vllm_nor_lm_eval() -> None:
     script = (
         "import sys; import lm_eval_tasks.scoring, lm_eval_tasks.answers as a; "
         "assert a.equivalent('x+1', '1+x'); "
-        "heavy = {'torch', 'vllm', 'lm_eval', 'numpy', 'sympy'} & set(sys.modules); "
+        "heavy = {'torch', 'vllm', 'lm_eval', 'sympy'} & set(sys.modules); "
         "assert not heavy, heavy"
     )
     done = subprocess.run(
@@ -63,6 +115,8 @@ def test_scoring_needs_neither_torch_nor_vllm_nor_lm_eval() -> None:
 
 
 def test_task_path_holds_the_definitions() -> None:
-    names = sorted(path.name for path in task_path().glob("*/*.yaml"))
-    assert names == ["arith_passk.yaml", "gsm8k_passk.yaml", "math500_passk.yaml"]
+    names = {path.stem for path in task_path().glob("*/*.yaml")}
+    benchmarks = ("arith", "gsm8k", "gsm8k_500", "math500")
+    tasks = {f"{name}_{kind}" for name in benchmarks for kind in ("passk", "maj", "bon", "wbon")}
+    assert names == tasks | {"thinkfast"}
     assert all((path.parent / "README.md").is_file() for path in task_path().glob("*/*.yaml"))

@@ -109,7 +109,7 @@ def test_one_submission_with_a_seed_per_sample(vllm_class: type[StandInVLLM], da
     assert batch_size == "auto"
     assert lm.batch_size == 1
     assert [p.seed for p in params] == [
-        sample_seed(1234, f"gsm8k_passk/{i}", j) for i in range(3) for j in range(4)
+        sample_seed(1234, f"gsm8k/{i}", j) for i in range(3) for j in range(4)
     ]
     assert {p.stop[0] for p in params} == {"</s>"}
     assert {(p.temperature, p.top_p) for p in params} == {(0.7, 1.0)}
@@ -154,7 +154,7 @@ def test_prompts_are_never_cut(
     assert "12 of 12 samples get fewer than max_gen_toks tokens" in caplog.text
     lm = vllm_class()
     lm.max_length = 100
-    with pytest.raises(ValueError, match=r"prompt of gsm8k_passk/0 has \d+ tokens.*max_model_len"):
+    with pytest.raises(ValueError, match=r"prompt of gsm8k/0 has \d+ tokens.*max_model_len"):
         _run(lm, data)
 
 

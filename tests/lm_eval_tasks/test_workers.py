@@ -27,7 +27,7 @@ def test_compare_kills_at_the_deadline_and_goes_on(pool: WorkerPool) -> None:
     start = time.monotonic()
     outcomes = pool.compare([SLOW, ("x+1", "1+x"), ("5", "2^{300000000000}"), ("x", "y")])
     assert outcomes == ["timeout", "equal", "timeout", "different"]
-    assert time.monotonic() - start < 12
+    assert time.monotonic() - start < 40, "2 s of processor time each, on a busy machine"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -84,7 +84,7 @@ def test_workers_end_with_their_parent() -> None:
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline and _is_running(worker):
         time.sleep(0.1)
     assert not _is_running(worker)

@@ -1,44 +1,50 @@
-"""GSM8K: fields and grading. The gold answer is the integer after ``####``."""
+"""GSM8K: fields and gold answers. The gold answer is the integer after ``####``."""
 
-from collections.abc import Mapping, Sequence
-from fractions import Fraction
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from lm_eval_tasks.answers import parse_number, same_number_many
+from lm_eval_tasks.answers import parse_number
 from lm_eval_tasks.data import FieldTypes
-from lm_eval_tasks.passk_task import PassAtKTask, score_results
+from lm_eval_tasks.passk_task import PassAtKTask
 
 
-def gold_number(answer: str) -> Fraction:
-    """Return the number after the last ``####`` of a GSM8K solution.
+def gold_answer(answer: str) -> str:
+    """Return the number after the last ``####`` of a GSM8K solution, as it is written.
 
     Raises:
         ValueError: there is none.
     """
     _, mark, last = answer.rpartition("####")
-    number = parse_number(last) if mark else None
-    if number is None:
+    if not mark or parse_number(last) is None:
         raise ValueError(f"field 'answer' must end in '#### <number>', got {answer[-40:]!r}")
-    return number
+    return last.strip()
 
 
 class GSM8KPassAtK(PassAtKTask):
-    """pass@k on the 1,319 test problems of GSM8K."""
+    """The 1,319 test problems of GSM8K."""
 
     REQUIRED: ClassVar[FieldTypes] = {"question": str, "answer": str}
-    DEFINITION: ClassVar[str] = "gsm8k/gsm8k_passk.yaml"
+    BENCHMARK: ClassVar[str] = "gsm8k"
+    PROBLEMS: ClassVar[str] = "gsm8k"
+    FOLDER: ClassVar[str] = "gsm8k"
 
     @staticmethod
     def check_row(row: Mapping[str, Any]) -> str | None:
         """Return what is wrong with a row, or None."""
         try:
-            gold_number(row["answer"])
+            gold_answer(row["answer"])
         except ValueError as error:
             return str(error)
         return None
 
+    @staticmethod
+    def gold(doc: Mapping[str, Any]) -> str:
+        """Return the number after ``####``."""
+        return gold_answer(doc["answer"])
 
-def process_results(doc: Mapping[str, Any], results: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return the metrics of one problem (lm-eval calls this)."""
-    return score_results(results, partial(same_number_many, gold_number(doc["answer"])))
+
+class GSM8K500PassAtK(GSM8KPassAtK):
+    """The first 500 of them: our choice, since nobody has published what "GSM8K-500" means."""
+
+    BENCHMARK: ClassVar[str] = "gsm8k_500"
+    NUM_ROWS: ClassVar[int | None] = 500

@@ -1,16 +1,14 @@
-"""MATH-500: fields and grading. The gold answers are LaTeX; math-verify compares."""
+"""MATH-500: fields and gold answers. The gold answers are LaTeX; math-verify compares."""
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from lm_eval_tasks.answers import equivalent_many
 from lm_eval_tasks.data import FieldTypes
-from lm_eval_tasks.passk_task import PassAtKTask, score_results
+from lm_eval_tasks.passk_task import PassAtKTask
 
 
 class Math500PassAtK(PassAtKTask):
-    """pass@k on the 500 problems of MATH that "Let's verify step by step" tests on."""
+    """The 500 problems of MATH that "Let's verify step by step" tests on."""
 
     REQUIRED: ClassVar[FieldTypes] = {"problem": str, "answer": str}
     OPTIONAL: ClassVar[FieldTypes] = {
@@ -19,15 +17,18 @@ class Math500PassAtK(PassAtKTask):
         "level": int,
         "solution": str,
     }
+    BENCHMARK: ClassVar[str] = "math500"
+    PROBLEMS: ClassVar[str] = "math500"
     ID_FIELD: ClassVar[str | None] = "unique_id"
-    DEFINITION: ClassVar[str] = "math500/math500_passk.yaml"
+    QUESTION_FIELD: ClassVar[str] = "problem"
+    FOLDER: ClassVar[str] = "math500"
 
     @staticmethod
     def check_row(row: Mapping[str, Any]) -> str | None:
         """Return what is wrong with a row, or None."""
         return None if row["answer"].strip() else "field 'answer' is empty"
 
-
-def process_results(doc: Mapping[str, Any], results: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return the metrics of one problem (lm-eval calls this)."""
-    return score_results(results, partial(equivalent_many, doc["answer"]))
+    @staticmethod
+    def gold(doc: Mapping[str, Any]) -> str:
+        """Return the field ``answer``."""
+        return str(doc["answer"])

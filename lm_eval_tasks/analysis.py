@@ -1,0 +1,447 @@
+"""From run folders to the numbers of a report: one JSON object, which tables and figures read.
+
+Runs of the same task, version and regime form a group; inside a group all comparisons are over the
+problems that every run has, and paired.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lm_eval_tasks.budget import (
+    MAX_EXHAUSTED,
+    NUM_ORDERS,
+    REWARD_METHODS,
+    BudgetCurve,
+    largest_budget,
+    latency_curve,
+    saturated_curve,
+)
+from lm_eval_tasks.costs import Occupancy, overlap_costs, token_throughput
+from lm_eval_tasks.curves import (
+    DRAWS,
+    LEVEL,
+    band,
+    envelope,
+    log_grid,
+    pareto_front,
+    times_to_target,
+)
+from lm_eval_tasks.errors import stop
+from lm_eval_tasks.estimators import bootstrap, reported_ks
+from lm_eval_tasks.rewards.scores import reward_names
+from lm_eval_tasks.samples import SampleStore
+from lm_eval_tasks.scored import ScoredSample, load_scored
+from lm_eval_tasks.scoring import ProblemScore, method_values
+from lm_eval_tasks.throughput import read_throughput
+
+Floats = NDArray[np.float64]
+
+_GRID_POINTS = 160
+#: Method against k in `scoring.METHODS` -> against seconds in `budget.METHODS`.
+_OVER_SECONDS = {"pass": "coverage", "maj": "maj", "bon": "bon", "weighted_bon": "weighted_bon"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the numbers are computed."""
+
+    reward: str | None = None
+    """Name of the reward whose scores weigh votes; None: no Best-of-N."""
+    aggregation: str = "last"
+    with_reward_time: bool = False
+    """Count the reward model's seconds in curves of methods that use it."""
+    level: float = LEVEL
+    draws: int = DRAWS
+    num_orders: int = NUM_ORDERS
+    max_exhausted: float = MAX_EXHAUSTED
+    seed: int = 0
+    window: tuple[float, float] | None = None
+    """Seconds between which areas are taken; None: see docs/metrics.md."""
+
+    @property
+    def methods(self) -> list[str]:
+        """Methods that can be computed, in the order of tables, in the words of `scoring`."""
+        return ["pass", "maj", *(REWARD_METHODS if self.reward else ())]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder as the report needs it."""
+
+    folder: Path
+    name: str
+    config: dict[str, Any]
+    sessions: list[dict[str, Any]]
+    samples: dict[str, list[ScoredSample]]
+    """By problem; ``cost_s`` is that of `lm_eval_tasks.costs`."""
+    occupancy: Occupancy
+    facts: dict[str, Any]
+    throughput: list[dict[str, Any]]
+
+    @property
+    def group(self) -> tuple[str, str, str]:
+        """What must agree for two runs to be compared."""
+        return (self.config["task"], self.config["task_version"], self.config["regime"])
+
+
+def load_run(folder: Path, settings: Settings) -> Run:
+    """Read a scored run folder.
+
+    Raises:
+        InputError: it is no run folder, is not scored, or a problem has no sample.
+    """
+    store = SampleStore(folder)
+    config = store.config()
+    if settings.reward is not None and settings.reward not in reward_names(folder):
+        known = ", ".join(reward_names(folder)) or "none"
+        stop(
+            f"--reward {settings.reward}: {folder} has no such scores (there: {known}); make them "
+            f"with thinkfast-eval reward {folder} --reward SPEC"
+        )
+    scored = load_scored(folder, settings.reward, settings.aggregation)
+    empty = [name for name, samples in scored.items() if not samples]
+    if empty:
+        stop(
+            f"{folder}: {len(empty)} of {len(scored)} problems have no sample yet ({empty[0]}, "
+            "...); finish it with the thinkfast-eval sample command in its config.json"
+        )
+    records = list(store.records())
+    costs, occupancy = overlap_costs(records)
+    samples = {
+        name: [replace(one, cost_s=costs[name, one.sample_index]) for one in drawn]
+        for name, drawn in scored.items()
+    }
+    sessions = store.sessions()
+    flat = [one for drawn in samples.values() for one in drawn]
+    prompt_tokens = sum(record.num_prompt_tokens for record in records)
+    cached = [record.num_cached_tokens for record in records]
+    known_cached = [count for count in cached if count is not None]
+    counts = [len(drawn) for drawn in samples.values()]
+    facts = {
+        "num_problems": len(samples),
+        "num_samples": len(flat),
+        "fewest_samples": min(counts),
+        "most_samples": max(counts),
+        "distinct_texts": len({(r.problem_id, r.text) for r in records}) / len(records),
+        "truncated": sum(one.is_truncated for one in flat) / len(flat),
+        "no_answer": sum(one.answer_class is None for one in flat) / len(flat),
+        "tokens_per_sample": sum(one.num_tokens for one in flat) / len(flat),
+        "prompt_tokens_per_sample": prompt_tokens / len(flat),
+        "prefix_cache_hits": sum(known_cached) / prompt_tokens
+        if len(known_cached) == len(cached) and prompt_tokens
+        else None,
+        "effective_batch_size": occupancy.effective_batch_size,
+        "has_first_tokens": occupancy.has_first_tokens,
+        "busy_s": occupancy.busy_s,
+        "drain_share": occupancy.drain_s / occupancy.busy_s if occupancy.busy_s else 0.0,
+        "tokens_per_s": token_throughput(records, occupancy),
+        "server_s_per_sample": occupancy.busy_s / len(flat),
+        "preemptions": _total(sessions, "num_preemptions"),
+        "num_sessions": len(sessions),
+        "startup_s": _total(sessions, "startup_s"),
+        "warmup_s": _total(sessions, "warmup_s"),
+        "resumed_problems": len({p for s in sessions for p in s.get("resumed_problems", [])}),
+    }
+    throughput = read_throughput(folder)
+    return Run(folder, config["name"], config, sessions, samples, occupancy, facts, throughput)
+
+
+def _total(sessions: Sequence[dict[str, Any]], field: str) -> float | None:
+    """Return the sum of a fact over sessions, None unless all know it."""
+    values = [session.get(field) for session in sessions]
+    known = [value for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) else None
+
+
+def analyse(runs: Sequence[Run], settings: Settings) -> list[dict[str, Any]]:
+    """Return the groups of a report, in the order in which their first runs are given.
+
+    Raises:
+        InputError: two runs have one name, or runs of a group share no problem.
+    """
+    names = [run.name for run in runs]
+    for name in names:
+        if names.count(name) > 1:
+            stop(f"two runs are named {name}; give one another name in its config.json")
+    groups: dict[tuple[str, str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.group, []).append(run)
+    return [_analyse_group(key, members, settings) for key, members in groups.items()]
+
+
+def _analyse_group(
+    key: tuple[str, str, str], runs: list[Run], settings: Settings
+) -> dict[str, Any]:
+    shared = [p for p in runs[0].samples if all(p in run.samples for run in runs)]
+    if not shared:
+        stop(f"{', '.join(run.name for run in runs)}: no problem is in all of these runs")
+    problems = {run.name: [run.samples[p] for p in shared] for run in runs}
+    group: dict[str, Any] = {
+        "task": key[0],
+        "task_version": key[1],
+        "regime": key[2],
+        "baseline": runs[0].name,
+        "num_problems": len(shared),
+        "problems": shared,
+        "problems_left_out": {run.name: len(run.samples) - len(shared) for run in runs},
+        "differences": _differences(runs),
+        "runs": [_describe(run, problems[run.name], settings) for run in runs],
+    }
+    timed = _TimedGroup(key[2], problems, settings)
+    group |= timed.results()
+    return group
+
+
+_SAME = ("temperature", "top_p", "max_tokens", "data_sha256", "prompt")
+
+
+def _differences(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """Return the settings that a fair comparison would have in common and these runs have not."""
+    found: dict[str, dict[str, Any]] = {}
+    for field in (*_SAME, "engine", "hardware", "versions"):
+        values = {run.name: run.config.get(field) for run in runs}
+        if any(value != values[runs[0].name] for value in values.values()):
+            found[field] = values
+    return found
+
+
+def _describe(
+    run: Run, problems: Sequence[Sequence[ScoredSample]], settings: Settings
+) -> dict[str, Any]:
+    """Return what a report says about one run: facts, settings and metrics against k."""
+    judged = [
+        ProblemScore(
+            classes=[one.answer_class for one in drawn],
+            is_correct=[one.correct for one in drawn],
+            scores=[one.score for one in drawn],
+        )
+        for drawn in problems
+    ]
+    ks = reported_ks(min(score.num_samples for score in judged))
+    metrics: dict[str, Any] = {}
+    for method in settings.methods:
+        values = np.array([method_values(score, method, ks) for score in judged])
+        intervals = bootstrap(values[:, :, 0], settings.level, settings.draws, settings.seed)
+        errors = np.sqrt((values[:, :, 1] ** 2).sum(axis=0)) / len(judged)
+        for k, interval, error in zip(ks, intervals, errors.tolist(), strict=True):
+            metrics[f"{method}@{k}"] = asdict(interval) | {"mc_error": error}
+    rewards = [one.reward_s for drawn in problems for one in drawn if one.reward_s is not None]
+    facts = dict(run.facts)
+    if settings.reward is not None:
+        facts["reward_s_per_sample"] = sum(rewards) / len(rewards) if rewards else None
+    return {
+        "name": run.name,
+        "folder": str(run.folder),
+        "config": run.config,
+        "sessions": run.sessions,
+        "facts": facts,
+        "ks": ks,
+        "metrics": metrics,
+        "throughput": _summarise_throughput(run.throughput),
+    }
+
+
+def _summarise_throughput(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return median, smallest and largest value over rounds, for each batch size."""
+    summary = []
+    for batch in sorted({row["batch_size"] for row in rows}):
+        found = [row for row in rows if row["batch_size"] == batch]
+        entry: dict[str, Any] = {
+            "batch_size": batch,
+            "rounds": len(found),
+            "num_prompt_tokens": found[0]["num_prompt_tokens"],
+            "num_tokens": found[0]["num_tokens"],
+            "preemptions": max(row["num_preemptions"] for row in found),
+        }
+        for field in ("seconds", "tokens_per_s", "decode_tokens_per_s"):
+            values = [row[field] for row in found]
+            entry[field] = {
+                "median": statistics.median(values),
+                "low": min(values),
+                "high": max(values),
+            }
+        summary.append(entry)
+    return summary
+
+
+# -- against seconds ------------------------------------------------------------------------------
+
+
+class _TimedGroup:
+    """The curves of one group on a common grid, and what follows from them."""
+
+    def __init__(
+        self,
+        regime: str,
+        problems: dict[str, list[list[ScoredSample]]],
+        settings: Settings,
+    ) -> None:
+        self.regime = regime
+        self.problems = problems
+        self.settings = settings
+        self.methods = [_OVER_SECONDS[method] for method in settings.methods]
+        self.k = min(len(drawn) for run in problems.values() for drawn in run)
+
+    def results(self) -> dict[str, Any]:
+        """Return the curves, targets, areas, envelopes and fronts as JSON values."""
+        found: dict[str, Any] = {"curves": [], "targets": [], "envelopes": [], "fronts": []}
+        found["k"] = self.k if self.regime == "latency" else None
+        for method in self.methods:
+            self._add(found, method, "seconds", self.problems)
+        as_tokens = {
+            name: [
+                [replace(one, cost_s=float(one.num_tokens), reward_s=None) for one in drawn]
+                for drawn in run
+            ]
+            for name, run in self.problems.items()
+        }
+        for method in ("coverage", "maj"):
+            self._add(found, method, "tokens", as_tokens)
+        return found
+
+    def _add(
+        self,
+        found: dict[str, Any],
+        method: str,
+        axis: str,
+        problems: dict[str, list[list[ScoredSample]]],
+    ) -> None:
+        with_reward = self.settings.with_reward_time and method in REWARD_METHODS
+        is_latency = self.regime == "latency" and axis == "seconds"
+        limits = {
+            name: _last_arrival(run, with_reward)
+            if is_latency
+            else largest_budget(
+                run, with_reward_time=with_reward, max_exhausted=self.settings.max_exhausted
+            )
+            for name, run in problems.items()
+        }
+        highest = max(limits.values())
+        if is_latency:
+            limits = dict.fromkeys(limits, highest)  # a curve stays where it is after the last one
+            first = min(one.finish_s for run in problems.values() for p in run for one in p)
+        else:
+            first = min(
+                statistics.median(one.cost_s for p in run for one in p) for run in problems.values()
+            )
+        lowest = min(limits.values())
+        # Where there are few samples, or of very different cost, the grid still begins below.
+        first = min(max(first, highest * 1e-6), lowest / 4)
+        window = self.settings.window if axis == "seconds" else None
+        window = window or (first, lowest)
+        if not window[0] < window[1] <= lowest:
+            stop(
+                f"--window {window[0]:g} {window[1]:g}: need two ascending times up to "
+                f"{lowest:.4g}, where the samples of one of the runs end"
+            )
+        grid = log_grid(min(first / 2, window[0]), highest, _GRID_POINTS)
+        curves = {}
+        for name, run in problems.items():
+            times = grid[grid <= limits[name]]
+            make: Callable[..., BudgetCurve] = saturated_curve
+            arguments: dict[str, Any] = {"max_exhausted": self.settings.max_exhausted}
+            if is_latency:
+                make, arguments = latency_curve, {"k": self.k}
+            curves[name] = make(
+                run,
+                times,
+                method,
+                with_reward_time=with_reward,
+                window=window,
+                num_orders=self.settings.num_orders,
+                seed=self.settings.seed,
+                **arguments,
+            )
+            found["curves"].append(
+                self._describe_curve(name, curves[name], axis, with_reward, limits[name], window)
+            )
+        if axis == "seconds":
+            self._compare(found, method, grid, curves)
+
+    def _describe_curve(
+        self,
+        name: str,
+        curve: BudgetCurve,
+        axis: str,
+        with_reward: bool,
+        limit: float,
+        window: tuple[float, float],
+    ) -> dict[str, Any]:
+        settings = self.settings
+        mean, low, high = band(curve.values, settings.level, settings.draws, settings.seed)
+        assert curve.areas is not None
+        (area,) = bootstrap(curve.areas, settings.level, settings.draws, settings.seed)
+        return {
+            "run": name,
+            "method": curve.method,
+            "axis": axis,
+            "with_reward_time": with_reward,
+            "limit": limit,
+            "x": curve.times.tolist(),
+            "y": mean.tolist(),
+            "low": low.tolist(),
+            "high": high.tolist(),
+            "exhausted": curve.exhausted.tolist(),
+            "largest_mc_error": float(curve.mc_errors.max()),
+            "area": asdict(area) | {"window": list(window)},
+        }
+
+    def _compare(
+        self, found: dict[str, Any], method: str, grid: Floats, curves: dict[str, BudgetCurve]
+    ) -> None:
+        if len(curves) < 2:
+            return
+        settings = self.settings
+        padded = {name: _pad(curve.values, len(grid)) for name, curve in curves.items()}
+        names = list(curves)
+        last = len(curves[names[0]].times) - 1
+        # The value at a quarter, a half, three quarters of the baseline's curve, and at its end.
+        for at in sorted({round(last * part / 4) for part in (1, 2, 3, 4)}):
+            if not padded[names[0]][:, at].any():
+                continue  # everything reaches nothing at once
+            reached = times_to_target(
+                list(padded.values()), grid, at, settings.level, settings.draws, settings.seed
+            )
+            found["targets"] += [
+                {"run": name, "method": method, "at_s": float(grid[at])} | asdict(target)
+                for name, target in zip(padded, reached, strict=True)
+            ]
+        means = [(name, curve.times, curve.mean) for name, curve in curves.items()]
+        found["fronts"] += [
+            {"method": method, "run": p.name, "seconds": p.seconds, "value": p.value}
+            for p in pareto_front(means)
+        ]
+        common = min(len(curve.times) for curve in curves.values())
+        if len(curves[names[0]].values) > 1:
+            best = envelope([v[:, :common] for v in padded.values()], seed=settings.seed)
+            found["envelopes"].append(
+                {
+                    "method": method,
+                    "x": grid[:common].tolist(),
+                    "y": best.values.tolist(),
+                    "chosen": [names[i] for i in best.chosen],
+                    "share_chosen": best.share_chosen.tolist(),
+                }
+            )
+
+
+def _last_arrival(problems: Sequence[Sequence[ScoredSample]], with_reward: bool) -> float:
+    """Return when the last problem is finished, reward model included if it counts."""
+    ends = []
+    for drawn in problems:
+        reading = math.fsum(one.reward_s or 0.0 for one in drawn) if with_reward else 0.0
+        ends.append(max(one.finish_s for one in drawn) + reading)
+    return max(ends)
+
+
+def _pad(values: Floats, length: int) -> Floats:
+    """Fill the times beyond a run's limit with NaN: nothing is known there."""
+    missing = np.full((len(values), length - values.shape[1]), math.nan)
+    return np.concatenate([values, missing], axis=1)

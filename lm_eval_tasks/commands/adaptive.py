@@ -1,0 +1,215 @@
+"""``thinkfast-eval adaptive``: replay stored samples with early stops, and say what they save."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm_eval_tasks.adaptive import reallocation, replay, savings
+from lm_eval_tasks.analysis import Run, Settings, load_run
+from lm_eval_tasks.errors import stop
+from lm_eval_tasks.figures import Figure, Series
+from lm_eval_tasks.html_report import figure_html, page, table_html
+from lm_eval_tasks.jsonl import write_atomically
+from lm_eval_tasks.plots import draw_figures
+from lm_eval_tasks.tables import Table
+
+_DEFAULT_ERRORS = [0.2, 0.1, 0.05, 0.01, 0.0]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="scored run folders")
+    parser.add_argument(
+        "--error",
+        type=float,
+        nargs="+",
+        default=_DEFAULT_ERRORS,
+        metavar="LEVEL",
+        help="stop when the second answer would overtake the first with at most this posterior "
+        "probability; 0: when the stored samples cannot change the vote (%(default)s)",
+    )
+    parser.add_argument(
+        "--least-votes", type=int, default=1, help="of the leader before a stop (%(default)s)"
+    )
+    parser.add_argument(
+        "--orders", type=int, default=32, help="random orders of the samples (%(default)s)"
+    )
+    parser.add_argument("--draws", type=int, default=1000, help="bootstrap (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the orders (%(default)s)")
+    parser.add_argument("--out", type=Path, help="also write adaptive.html, .md, .json and PNGs")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command; return the exit code.
+
+    Raises:
+        InputError: a value is out of range, or a folder is no scored run.
+    """
+    for level in options.error:
+        if not 0 <= level < 0.5:
+            stop(f"--error {level:g}: need 0 or more and below 0.5")
+    for flag, value, least in (
+        ("--least-votes", options.least_votes, 1),
+        ("--orders", options.orders, 1),
+        ("--draws", options.draws, 100),
+        ("--seed", options.seed, 0),
+    ):
+        if value < least:
+            stop(f"{flag} {value}: need a whole number of at least {least}")
+    found = [_replay_run(load_run(folder, Settings()), options) for folder in options.runs]
+    report = _Report(found)
+    if options.out is not None:
+        report.write(options.out, options.command_line)
+    if options.json:
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    else:
+        for table in report.tables():
+            sys.stdout.write(f"{table.title}\n\n{table.markdown()}\n")
+    return 0
+
+
+def _replay_run(run: Run, options: argparse.Namespace) -> dict[str, Any]:
+    problems = list(run.samples.values())
+    levels = []
+    for error in options.error:
+        found = replay(problems, error, options.orders, options.least_votes, options.seed)
+        levels.append(
+            {
+                "error": error,
+                "savings": savings(found, draws=options.draws),
+                "reallocation": reallocation(found, draws=options.draws),
+            }
+        )
+    return {
+        "run": run.name,
+        "folder": str(run.folder),
+        "config": run.config,
+        "facts": run.facts,
+        "orders": options.orders,
+        "draws": options.draws,
+        "least_votes": options.least_votes,
+        "levels": levels,
+    }
+
+
+@dataclass(frozen=True)
+class _Report:
+    """The text and the figures of the command."""
+
+    runs: Sequence[dict[str, Any]]
+
+    def tables(self) -> list[Table]:
+        """Return what stopping saves, and what the saved time buys."""
+        return [self._stopping(), self._equal_accuracy()]
+
+    def _stopping(self) -> Table:
+        rows = []
+        for run in self.runs:
+            for level in run["levels"]:
+                s = level["savings"]
+                rows.append(
+                    [
+                        run["run"],
+                        f"{level['error']:g}",
+                        *(_range(s[name], 100, 1) for name in ("samples_saved", "seconds_saved")),
+                        _range(s["accuracy_all"], 100, 1),
+                        _range(s["accuracy_change"], 100, 2),
+                        _range(s["changed_votes"], 100, 2),
+                    ]
+                )
+        header = ["run", "error level", "samples saved", "seconds saved", "accuracy of all"]
+        header += ["change by stopping", "votes changed"]
+        note = (
+            "In percent and percentage points, majority vote; in brackets 95% paired bootstrap "
+            "intervals over problems, mean over random orders of the stored samples. The error "
+            "level is a posterior probability for one look; the last column is what happened."
+        )
+        return Table("Stopping decided votes", header, rows, note)
+
+    def _equal_accuracy(self) -> Table:
+        rows = []
+        for run in self.runs:
+            for level in run["levels"]:
+                for target in level["reallocation"]["targets"]:
+                    never = "not reached"
+                    saved = target["saved"]
+                    ends = [target["low"], target["high"]]
+                    share = never if saved is None else f"{100 * saved:.0f} %"
+                    low, high = (never if e is None else f"{100 * e:.0f}" for e in ends)
+                    rows.append(
+                        [
+                            run["run"],
+                            f"{level['error']:g}",
+                            f"{100 * target['accuracy']:.1f} %",
+                            f"{target['uniform_s']:.4g}",
+                            never if saved is None else f"{target['adaptive_s']:.4g}",
+                            f"{share} ({low} to {high})",
+                            f"{100 * target['share_not_reached']:.0f} %",
+                        ]
+                    )
+        header = ["run", "error level", "accuracy", "uniform [s]", "adaptive [s]", "time saved"]
+        header.append("draws that miss it")
+        note = (
+            "Seconds per problem in which each policy reaches the accuracy that uniform sampling "
+            "has at a quarter, half, three quarters and all of its time. The adaptive policy gives "
+            "the time of decided problems to the others, as far as stored samples reach."
+        )
+        return Table("Time for equal accuracy", header, rows, note)
+
+    def figures(self) -> list[Figure]:
+        """Return one figure per run: both policies against time."""
+        found = []
+        for run in self.runs:
+            lines = []
+            for i, level in enumerate(run["levels"]):
+                curves = level["reallocation"]
+                if not i:
+                    lines.append(_series("uniform", curves["x"], curves["uniform"], 6))
+                name = f"error {level['error']:g}"
+                lines.append(_series(name, curves["x"], curves["adaptive"], i % 6))
+            found.append(
+                Figure(
+                    f"adaptive-{run['run'].replace('/', '-')}",
+                    f"{run['run']}: majority vote with early stops",
+                    "server seconds per problem",
+                    "majority within the time [%]",
+                    lines,
+                    note=f"95% bootstrap bands over {run['facts']['num_problems']} problems, "
+                    f"{run['orders']} random orders of the samples",
+                )
+            )
+        return found
+
+    def write(self, folder: Path, command: str) -> None:
+        """Write text, page, figures and numbers."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            stop(f"--out {folder}: cannot be made ({error.strerror}); give another folder")
+        title = "What stopping decided votes early saves"
+        tables, figures = self.tables(), self.figures()
+        numbers = {"command": command, "runs": list(self.runs)}
+        write_atomically(folder / "adaptive.json", json.dumps(numbers, indent=1) + "\n")
+        drawn = [figure_html(figure, i) for i, figure in enumerate(figures)]
+        sections = ["<div class=charts>", *drawn, "</div>", *map(table_html, tables)]
+        write_atomically(folder / "adaptive.html", page(title, sections, figures))
+        text = [f"# {title}\n", f"`{command}`\n"]
+        text += [f"![{figure.title}]({figure.name}.png)\n" for figure in figures]
+        for table in tables:
+            text += [f"## {table.title}\n", table.markdown()]
+        write_atomically(folder / "adaptive.md", "\n".join(text))
+        draw_figures(figures, folder)
+
+
+def _range(interval: dict[str, float], scale: float, digits: int) -> str:
+    value, low, high = (f"{scale * interval[end]:.{digits}f}" for end in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def _series(name: str, x: list[float], curve: dict[str, list[float]], colour: int) -> Series:
+    return Series(name, x, curve["y"], curve["low"], curve["high"], colour)

@@ -1,0 +1,171 @@
+"""``thinkfast-eval compare``: sample several models in turns, measure speeds, score, report."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from lm_eval_tasks.commands.report import add_analysis_arguments, settings_of
+from lm_eval_tasks.compare import Model, Plan, parse_model, run_plan
+from lm_eval_tasks.errors import stop
+from lm_eval_tasks.report import build_results, write_report
+from lm_eval_tasks.sampling.runner import REGIMES
+
+_PASSED_ON = ("temperature", "top_p", "max_tokens", "seed", "data_file", "chat_template")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "--model",
+        action="append",
+        required=True,
+        metavar="PATH[,name=NAME][,KEY=VALUE...]",
+        help="folder or hub name; give it twice or more, the first is the baseline; tokenizer= and "
+        "vLLM's EngineArgs for this model alone, for example max_num_seqs=64",
+    )
+    parser.add_argument("--task", required=True, help="as in thinkfast-eval sample")
+    parser.add_argument("--num-samples", type=int, default=64, metavar="N", help="(%(default)s)")
+    parser.add_argument("--limit", type=int, help="only the first problems (all)")
+    parser.add_argument("--regime", choices=REGIMES, default=REGIMES[0], help="(%(default)s)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=2,
+        help="turns in which the models take their parts, in alternating order; each starts the "
+        "engine anew (%(default)s)",
+    )
+    parser.add_argument("--out", type=Path, default=Path("compare"), help="folder (%(default)s)")
+    parser.add_argument("--title", default="Comparison")
+
+    how = parser.add_argument_group("how to sample, the same for all (defaults are the task's)")
+    how.add_argument("--temperature", type=float)
+    how.add_argument("--top-p", type=float)
+    how.add_argument("--max-tokens", type=int)
+    how.add_argument("--seed", type=int)
+    how.add_argument("--data-file")
+    how.add_argument("--chat-template", choices=("auto", "off"))
+    how.add_argument("--engine-args", nargs="+", default=[], metavar="KEY=VALUE")
+
+    speed = parser.add_argument_group("generation speed against batch size")
+    speed.add_argument(
+        "--batch-sizes", type=int, nargs="+", default=[], metavar="B", help="(not measured)"
+    )
+    speed.add_argument(
+        "--speed-tokens",
+        type=int,
+        nargs=2,
+        default=[512, 512],
+        metavar=("PROMPT", "NEW"),
+        help="tokens of every sequence (%(default)s)",
+    )
+
+    parser.add_argument(
+        "--reward-model",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="score the samples with this reward model, as --reward of thinkfast-eval reward; the "
+        "report uses the first one unless --reward names another",
+    )
+    add_analysis_arguments(parser)
+    parser.add_argument("--no-png", action="store_true", help="without matplotlib: no PNG files")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command; return the exit code.
+
+    Raises:
+        InputError: an option, a step or a folder; what was finished is kept.
+    """
+    if options.reward_model and options.reward is None:
+        from lm_eval_tasks.rewards.spec import parse_spec
+
+        options.reward = parse_spec(options.reward_model[0]).name
+    settings = settings_of(options)
+    plan = _plan(options)
+    if options.dry_run:
+        sys.stdout.writelines(f"{step.line}\n" for step in plan.steps())
+        return 0
+    run_plan(plan)
+    folders = [plan.run_folder(model) for model in plan.models]
+    what = "samples" if plan.regime == REGIMES[0] else "problems"
+    note = (
+        f"The models took turns in {plan.rounds} rounds on one machine, each round with its part "
+        f"of the {what}, in alternating order; one engine at a time, started anew in every round, "
+        "start-up and warm-up outside of all times."
+    )
+    results = build_results(folders, settings, options.command_line, [note])
+    results["steps"] = [step.line for step in plan.steps()]
+    write_report(results, plan.folder / "report", options.title, with_png=not options.no_png)
+    sys.stdout.write(f"{plan.folder / 'report' / 'report.md'}\n")
+    sys.stdout.write(f"{plan.folder / 'report' / 'report.html'}\n")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    """Check the options that the steps cannot check before the first engine runs."""
+    models = [parse_model(text) for text in options.model]
+    if len(models) < 2:
+        stop("--model: need at least two to compare; for one use thinkfast-eval sample and report")
+    names = [model.name for model in models]
+    for name in names:
+        if names.count(name) > 1:
+            stop(f"--model: two models are named {name}; tell them apart with ,name=...")
+    for flag, value in (
+        ("--num-samples", options.num_samples),
+        ("--rounds", options.rounds),
+        ("--limit", options.limit),
+        *(("--batch-sizes", size) for size in options.batch_sizes),
+        *(("--speed-tokens", count) for count in options.speed_tokens),
+    ):
+        if value is not None and value < 1:
+            stop(f"{flag} {value}: need a whole number of at least 1")
+    engine_args: dict[str, str] = {}
+    for pair in options.engine_args:
+        key, mark, value = pair.partition("=")
+        if not mark or not key:
+            stop(f"--engine-args {pair}: need KEY=VALUE")
+        engine_args[key] = value
+    num_problems = _num_problems(options, models[0])
+    divided = num_problems if options.regime == "latency" else options.num_samples
+    if options.rounds > divided:
+        what = "problems" if options.regime == "latency" else "samples"
+        stop(f"--rounds {options.rounds}: more than the {divided} {what} to divide")
+    sampling: list[str] = []
+    for name in _PASSED_ON:
+        value = getattr(options, name)
+        if value is not None:
+            sampling += [f"--{name.replace('_', '-')}", str(value)]
+    return Plan(
+        models=models,
+        task=options.task,
+        num_samples=options.num_samples,
+        num_problems=num_problems,
+        regime=options.regime,
+        rounds=options.rounds,
+        sampling=sampling,
+        engine_args=engine_args,
+        rewards=list(options.reward_model),
+        batch_sizes=sorted(set(options.batch_sizes)),
+        speed_tokens=(options.speed_tokens[0], options.speed_tokens[1]),
+        folder=options.out,
+    )
+
+
+def _num_problems(options: argparse.Namespace, model: Model) -> int:
+    """Return how many problems are compared; reads the task where --limit does not say it."""
+    if options.limit is not None:
+        return int(options.limit)
+    from lm_eval_tasks.sampling.problems import load_problems
+
+    arguments = {"pretrained": model.path, "chat_template_args": {}}
+    if model.tokenizer:
+        arguments["tokenizer"] = model.tokenizer
+    task = load_problems(
+        options.task,
+        arguments,
+        data_file=options.data_file,
+        chat_template=options.chat_template or "auto",
+    )
+    return len(task.problems)

@@ -1,0 +1,255 @@
+"""Run several models under equal conditions, in turns, and write one report.
+
+Every step is a command of its own process, so that an engine gives its memory back before the next
+one starts, and each can be repeated by hand. A round gives every model its part of the samples;
+the order of the models is reversed from round to round, so that a machine that slows down in the
+meantime slows all of them. All steps resume: run the same command again after a kill, and what is
+finished is not done twice.
+
+saturated: the samples of each problem are divided among the rounds.
+latency: the problems are divided among the rounds, because the samples of a problem run together.
+"""
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lm_eval_tasks.errors import InputError, stop
+from lm_eval_tasks.jsonl import read_object, write_atomically
+from lm_eval_tasks.throughput import read_throughput
+
+PLAN = "compare.json"
+
+
+@dataclass(frozen=True)
+class Model:
+    """One contender: ``--model PATH[,name=...][,key=value...]``."""
+
+    path: str
+    name: str
+    engine_args: dict[str, str] = field(default_factory=dict)
+    """Of this model alone, over those of all."""
+    tokenizer: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared and how; decides every command."""
+
+    models: list[Model]
+    task: str
+    num_samples: int
+    num_problems: int
+    """How many of the task's problems; the rounds of the latency regime divide them."""
+    regime: str
+    rounds: int
+    sampling: list[str]
+    """Options of ``thinkfast-eval sample`` that all models share."""
+    engine_args: dict[str, str]
+    rewards: list[str]
+    """Specifications for ``thinkfast-eval reward``."""
+    batch_sizes: list[int]
+    speed_tokens: tuple[int, int]
+    folder: Path
+
+    def run_folder(self, model: Model) -> Path:
+        """Return where a model's samples go."""
+        return self.folder / "runs" / model.name
+
+    def steps(self) -> list["Step"]:
+        """Return all steps in their order."""
+        found: list[Step] = []
+        for number in range(self.rounds):
+            order = self.models if number % 2 == 0 else self.models[::-1]
+            found += [self._sample(model, number) for model in order]
+            if self.batch_sizes:
+                found += [self._measure(model, number) for model in order]
+        runs = [str(self.run_folder(model)) for model in self.models]
+        found.append(Step("score", _cli("score", *runs)))
+        for spec in self.rewards:
+            found.append(Step("reward", _cli("reward", *runs, "--reward", spec)))
+        return found
+
+    def _sample(self, model: Model, number: int) -> "Step":
+        samples, problems = self.num_samples, self.num_problems
+        if self.regime == "latency":
+            problems = share(self.num_problems, number, self.rounds)
+        else:
+            samples = share(self.num_samples, number, self.rounds)
+        arguments = ["--model", model.path, "--name", model.name, "--task", self.task]
+        arguments += ["--out", str(self.run_folder(model)), "--regime", self.regime]
+        arguments += ["--num-samples", str(samples), "--limit", str(problems), *self.sampling]
+        if model.tokenizer:
+            arguments += ["--tokenizer", model.tokenizer]
+        engine = self.engine_args | model.engine_args
+        if engine:
+            arguments += ["--engine-args", *(f"{key}={value}" for key, value in engine.items())]
+        title = f"round {number + 1} of {self.rounds}: sampling {model.name}"
+        return Step(title, _cli("sample", *arguments))
+
+    def _measure(self, model: Model, number: int) -> "Step":
+        folder = self.run_folder(model)
+        arguments = [str(folder), "--round", str(number)]
+        arguments += ["--batch-sizes", *map(str, self.batch_sizes)]
+        arguments += ["--tokens", *map(str, self.speed_tokens)]
+        if model.tokenizer:
+            arguments += ["--tokenizer", model.tokenizer]
+        command = [sys.executable, "-m", "lm_eval_tasks.throughput", *arguments]
+        title = f"round {number + 1} of {self.rounds}: speed of {model.name}"
+        return Step(title, command, _Measured(folder, number, tuple(self.batch_sizes)))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what must not change between starts of the same comparison."""
+        models = [vars(model) for model in self.models]
+        return {
+            "models": models,
+            "task": self.task,
+            "regime": self.regime,
+            "rounds": self.rounds,
+            "num_samples": self.num_samples,
+            "num_problems": self.num_problems,
+            "sampling": self.sampling,
+            "engine_args": self.engine_args,
+            "batch_sizes": self.batch_sizes,
+            "speed_tokens": list(self.speed_tokens),
+        }
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Whether a speed measurement is there already, to spare the engine's start."""
+
+    folder: Path
+    number: int
+    batch_sizes: tuple[int, ...]
+
+    def is_done(self) -> bool:
+        rows = read_throughput(self.folder)
+        return {(self.number, b) for b in self.batch_sizes} <= {
+            (row["round"], row["batch_size"]) for row in rows
+        }
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command."""
+
+    title: str
+    command: list[str]
+    measured: _Measured | None = None
+
+    def is_done(self) -> bool:
+        """Return whether it need not be started; the other commands see to it themselves."""
+        return self.measured is not None and self.measured.is_done()
+
+    @property
+    def line(self) -> str:
+        """The command as it can be typed, with the interpreter's bare name."""
+        return shlex.join(["python", *self.command[1:]])
+
+
+def _cli(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "lm_eval_tasks.cli", *arguments]
+
+
+def share(total: int, number: int, rounds: int) -> int:
+    """Return how much of a total is done after a round, counted from 0; at least 1."""
+    return max(1, total * (number + 1) // rounds)
+
+
+def parse_model(text: str) -> Model:
+    """Read ``PATH[,name=NAME][,tokenizer=PATH][,KEY=VALUE of vLLM's EngineArgs]...``.
+
+    Raises:
+        InputError: it is malformed.
+    """
+    path, *pairs = text.split(",")
+    if not path:
+        stop(f"--model {text}: need PATH[,name=NAME][,KEY=VALUE...]")
+    values: dict[str, str] = {}
+    for pair in pairs:
+        key, mark, value = pair.partition("=")
+        if not mark or not key or not value:
+            stop(f"--model {text}: {pair!r} is no KEY=VALUE")
+        if key in values:
+            stop(f"--model {text}: {key} is given twice")
+        values[key] = value
+    name = values.pop("name", None) or Path(path).resolve().name
+    tokenizer = values.pop("tokenizer", None)
+    if "/" in name or name.startswith("."):
+        stop(
+            f"--model {text}: name {name!r} is a folder's name; need one without / and leading dot"
+        )
+    return Model(path, name, values, tokenizer)
+
+
+def run_plan(plan: Plan) -> None:
+    """Carry out the steps that are not done.
+
+    Raises:
+        InputError: a step failed; its own message says why, and everything finished is kept.
+    """
+    _check_folder(plan)
+    steps = plan.steps()
+    for number, step in enumerate(steps, start=1):
+        if step.is_done():
+            continue
+        sys.stderr.write(f"[{number}/{len(steps)}] {step.title}\n")
+        sys.stderr.flush()
+        code = _run(step.command)
+        if code == 130:
+            raise KeyboardInterrupt
+        if code:
+            sys.stderr.write(f"error: this step ended with exit code {code}: {step.line}\n")
+            raise InputError(f"step {number} of {len(steps)} failed")
+
+
+def _run(command: Sequence[str]) -> int:
+    """Run a command, its output on stderr; it ends with this process, however that ends."""
+    with subprocess.Popen(command, stdout=2, preexec_fn=_end_with_parent) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to end this process with its parent, so that none goes on writing unseen."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _check_folder(plan: Plan) -> None:
+    """Bind the folder to its plan: rounds of another plan would mix conditions.
+
+    Raises:
+        InputError: it holds another comparison.
+    """
+    path = plan.folder / PLAN
+    wanted = plan.as_dict()
+    if path.exists():
+        stored = read_object(path)
+        for key, value in wanted.items():
+            if stored.get(key) != value:
+                stop(
+                    f"{plan.folder} holds another comparison: {key} is "
+                    f"{json.dumps(stored.get(key))} there and {json.dumps(value)} now; give the "
+                    "same options, or another folder with --out"
+                )
+        return
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        stop(f"--out {plan.folder}: cannot be made ({error.strerror}); give another folder")
+    write_atomically(path, json.dumps(wanted, indent=1) + "\n")

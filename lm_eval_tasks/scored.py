@@ -1,0 +1,157 @@
+"""Samples as the estimators need them: when they ended, what they cost, how they were judged.
+
+Reads a run folder after ``thinkfast-eval score`` (and ``reward``, if a score is wanted). Texts,
+models and data sets are not needed any more.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lm_eval_tasks.errors import stop
+from lm_eval_tasks.rewards.aggregation import AGGREGATIONS
+from lm_eval_tasks.rewards.scores import ScoreRecord, read_scores
+from lm_eval_tasks.samples import SampleRecord, SampleStore
+from lm_eval_tasks.scoring import grading_of
+from lm_eval_tasks.verdicts import read_classes, read_verdicts
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredSample:
+    """One judged sample."""
+
+    finish_s: float
+    """Seconds from the start of the clock until it was finished. Regime "saturated": one clock for
+    the run, the sessions of a resumed run one after another without their start-ups. Regime
+    "latency": the problem's clock, from its first submission."""
+    cost_s: float
+    """Its share of the server's time in seconds; see `attributed_costs`."""
+    answer_class: int | None
+    """Answers of a problem that count as equal share a number; None: no answer, no vote."""
+    correct: bool
+    score: float | None
+    """Aggregated reward in [0, 1]; None: no reward was asked for, or the solution has none."""
+    num_tokens: int
+    """Generated tokens."""
+    is_truncated: bool
+    """Cut at the token limit."""
+    sample_index: int = 0
+    reward_s: float | None = None
+    """The reward model's seconds on this sample; None where it did not read it."""
+
+
+def load_scored(
+    folder: Path | str, reward: str | None = None, aggregation: str = "last"
+) -> dict[str, list[ScoredSample]]:
+    """Return the judged samples of every problem of a run, in the order of their indices.
+
+    Args:
+        folder: the run folder.
+        reward: name of a reward whose scores the folder holds; None leaves ``score`` empty.
+        aggregation: how step scores become the score of a solution.
+
+    Returns:
+        Problem id to samples, in data set order; a problem without samples has an empty list.
+
+    Raises:
+        InputError: a file is malformed, samples lack their verdict or their reward score (the
+            message names the command that makes them), or ``aggregation`` is unknown.
+    """
+    if aggregation not in AGGREGATIONS:
+        stop(f"aggregation {aggregation!r}: accepted are {', '.join(AGGREGATIONS)}")
+    store = SampleStore(folder)
+    config = store.config()
+    version = grading_of(config["task"]).version_of(config["task_version"])
+    records: dict[str, list[SampleRecord]] = {p.problem_id: [] for p in store.problems()}
+    for record in store.records():
+        records[record.problem_id].append(record)
+    samples = [record for drawn in records.values() for record in drawn]
+    verdicts = {v.key: v for v in read_verdicts(folder) if v.task_version == version}
+    missing = sum(record.key not in verdicts for record in samples)
+    if missing:
+        stop(
+            f"{folder}: {missing} of {len(samples)} samples have no verdict of version {version}; "
+            f"run thinkfast-eval score {folder}"
+        )
+    scores: dict[tuple[str, int], ScoreRecord] = {}
+    if reward is not None:
+        scores = {score.key: score for score in read_scores(folder, reward)}
+        missing = sum(record.key not in scores for record in samples)
+        if missing:
+            stop(
+                f"{folder}: {missing} of {len(samples)} samples are not scored by {reward}; run "
+                f"thinkfast-eval reward {folder} with that reward again, it resumes"
+            )
+    classes = {name: row.class_of() for name, row in read_classes(folder, version).items()}
+    finished = finish_times(samples, config["regime"])
+    costs = attributed_costs(samples, config["regime"])
+    found: dict[str, list[ScoredSample]] = {}
+    for name, drawn in records.items():
+        found[name] = []
+        for record in sorted(drawn, key=lambda record: record.sample_index):
+            verdict, score = verdicts[record.key], scores.get(record.key)
+            number = None
+            if verdict.answer is not None:
+                number = classes.get(name, {}).get(verdict.answer)
+                if number is None:
+                    stop(
+                        f"{folder}: the answers of {name} are not grouped completely; run "
+                        f"thinkfast-eval score {folder}"
+                    )
+            found[name].append(
+                ScoredSample(
+                    finish_s=finished[record.key],
+                    cost_s=costs[record.key],
+                    answer_class=number,
+                    correct=verdict.correct,
+                    score=score.score(aggregation) if score else None,
+                    num_tokens=record.num_tokens,
+                    is_truncated=record.is_truncated,
+                    sample_index=record.sample_index,
+                    reward_s=score.seconds if score else None,
+                )
+            )
+    return found
+
+
+def finish_times(samples: Iterable[SampleRecord], regime: str) -> dict[tuple[str, int], float]:
+    """Return when each sample was finished, in seconds on the clock of its regime.
+
+    The clock of a run (saturated) or of a problem (latency) starts at the first submission of a
+    session. What a resumed run drew in a later session counts from the end of the earlier one.
+    """
+    groups: dict[str, dict[int, list[SampleRecord]]] = defaultdict(lambda: defaultdict(list))
+    for record in samples:
+        clock = record.problem_id if regime == "latency" else ""
+        groups[clock][record.session].append(record)
+    times: dict[tuple[str, int], float] = {}
+    for sessions in groups.values():
+        start = 0.0
+        for session in sorted(sessions):
+            drawn = sessions[session]
+            first = min(record.submit_s for record in drawn)
+            for record in drawn:
+                times[record.key] = start + record.finish_s - first
+            start += max(record.finish_s for record in drawn) - first
+    return times
+
+
+def attributed_costs(samples: Iterable[SampleRecord], regime: str) -> dict[tuple[str, int], float]:
+    """Return each sample's share of the server's time, in seconds.
+
+    The wall time of a session (saturated), or of a problem in a session (latency), from the first
+    submission to the last finish, is shared in proportion to the generated tokens. Prefill is
+    inside that time and so is shared too. The costs of a session add up to its wall time.
+    """
+    groups: dict[tuple[str, int], list[SampleRecord]] = defaultdict(list)
+    for record in samples:
+        groups[record.problem_id if regime == "latency" else "", record.session].append(record)
+    costs: dict[tuple[str, int], float] = {}
+    for drawn in groups.values():
+        span = max(r.finish_s for r in drawn) - min(r.submit_s for r in drawn)
+        tokens = sum(record.num_tokens for record in drawn)
+        for record in drawn:
+            share = record.num_tokens / tokens if tokens else 1 / len(drawn)
+            costs[record.key] = span * share
+    return costs

@@ -1,0 +1,1 @@
+"""The group that runs the paper's set."""

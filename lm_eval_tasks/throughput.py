@@ -1,0 +1,226 @@
+"""Generation speed of one model at several batch sizes: ``throughput.jsonl`` of a run folder.
+
+A batch of b sequences with prompts of one length generates a fixed number of tokens each, whatever
+it says, and nothing else runs. The prefix cache is emptied first, so the prefill is paid. The
+engine starts once per call and is warmed up at every batch size; that is not timed.
+``thinkfast-eval compare`` starts this as a process of its own for each model and round:
+``python -m lm_eval_tasks.throughput``.
+"""
+
+import argparse
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from lm_eval_tasks.errors import InputError, stop
+from lm_eval_tasks.jsonl import JsonLines
+
+THROUGHPUT = "throughput.jsonl"
+_WARM_UP_TOKENS = 2
+_FIELDS = {
+    "round": int,
+    "batch_size": int,
+    "num_prompt_tokens": int,
+    "num_tokens": int,
+    "seconds": float,
+    "prefill_s": float,
+    "tokens_per_s": float,
+    "decode_tokens_per_s": float,
+    "num_preemptions": int,
+    "config_hash": str,
+    "started": str,
+}
+
+
+def read_throughput(folder: Path) -> list[dict[str, Any]]:
+    """Return the measurements of a run folder; empty where there are none.
+
+    Raises:
+        InputError: a line is malformed, or one round and batch size stands there twice.
+    """
+    seen: set[tuple[int, int]] = set()
+
+    def parse(row: dict[str, Any]) -> dict[str, Any]:
+        if set(row) != set(_FIELDS):
+            raise ValueError(f"fields are {sorted(row)}; need {sorted(_FIELDS)}")
+        for field, kind in _FIELDS.items():
+            accepted = (int, float) if kind is float else (kind,)
+            if not isinstance(row[field], accepted) or isinstance(row[field], bool):
+                raise ValueError(f"{field} is {row[field]!r}; need {kind.__name__}")
+        key = (row["round"], row["batch_size"])
+        if key in seen:
+            raise ValueError(f"round {key[0]} at batch size {key[1]} stands there twice")
+        seen.add(key)
+        return row
+
+    return list(JsonLines(folder / THROUGHPUT).read(parse))
+
+
+def time_batch(backend: Any, prompts: Sequence[Sequence[int]], num_tokens: int) -> dict[str, Any]:
+    """Time one batch in a `lm_eval_tasks.sampling.vllm_backend.VllmBackend`.
+
+    Args:
+        backend: idle.
+        prompts: token ids of each sequence.
+        num_tokens: generated for each sequence.
+
+    Returns:
+        ``seconds`` from the first submission to the last token, ``prefill_s`` until every sequence
+        has its first token, ``tokens_per_s`` over all, ``decode_tokens_per_s`` after the prefill.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    engine = backend.engine
+    if not engine.reset_prefix_cache():
+        raise RuntimeError("vLLM did not empty its prefix cache before the measurement")
+    rendered = engine.renderer.render_cmpl([{"prompt_token_ids": list(ids)} for ids in prompts])
+    preempted = backend.tap.num_preemptions
+    started = time.monotonic()
+    for number, prompt in enumerate(rendered):
+        params = SamplingParams(
+            max_tokens=num_tokens,
+            ignore_eos=True,
+            temperature=1.0,
+            seed=number,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        engine.add_request(f"throughput-{number}", prompt, params)
+    counts: list[tuple[float, int]] = []
+    last_first = started
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        new = sum(len(output.outputs[0].token_ids) for output in outputs)
+        counts.append((time.monotonic(), new))
+        first = [output.metrics.first_token_ts for output in outputs if output.metrics is not None]
+        last_first = max([last_first, *first])
+    ended = counts[-1][0]
+    generated = sum(new for _, new in counts)
+    assert generated == len(prompts) * num_tokens, (generated, len(prompts), num_tokens)
+    # Decoding is what happens once every sequence has its first token. The step that made the last
+    # of them returns a moment after the engine stamped it.
+    prefilled = next(at for at, _ in counts if at >= last_first)
+    decoded = sum(new for at, new in counts if at > prefilled)
+    return {
+        "seconds": ended - started,
+        "prefill_s": prefilled - started,
+        "tokens_per_s": generated / (ended - started),
+        "decode_tokens_per_s": decoded / (ended - prefilled) if decoded else 0.0,
+        "num_preemptions": backend.tap.num_preemptions - preempted,
+    }
+
+
+def measure(
+    backend: Any,
+    folder: Path,
+    *,
+    config_hash: str,
+    round_number: int,
+    batch_sizes: Sequence[int],
+    num_prompt_tokens: int,
+    num_tokens: int,
+) -> None:
+    """Measure the batch sizes that a round lacks and store each as it is done.
+
+    Args:
+        backend: a `lm_eval_tasks.sampling.vllm_backend.VllmBackend`.
+        folder: the run folder.
+        config_hash: of the run, to tell which settings the speeds belong to.
+        round_number: of the comparison.
+        batch_sizes: sequences at a time.
+        num_prompt_tokens: of every prompt; they are random, so that no two share a prefix.
+        num_tokens: generated for each.
+
+    Raises:
+        InputError: a batch does not fit the engine's limits.
+    """
+    longest = backend.engine.model_config.max_model_len
+    if num_prompt_tokens + num_tokens > longest:
+        stop(
+            f"{num_prompt_tokens} + {num_tokens} tokens of the speed measurement exceed the "
+            f"model's length {longest}; give fewer with --speed-tokens"
+        )
+    if max(batch_sizes) > backend.max_num_seqs:
+        stop(
+            f"--batch-sizes {max(batch_sizes)}: the engine runs at most {backend.max_num_seqs} "
+            "sequences at once; give fewer, or a larger max_num_seqs"
+        )
+    vocabulary = backend.engine.model_config.get_vocab_size()
+    done = {(row["round"], row["batch_size"]) for row in read_throughput(folder)}
+    with JsonLines(folder / THROUGHPUT) as lines:
+        for batch_size in batch_sizes:
+            if (round_number, batch_size) in done:
+                continue
+            generator = random.Random(f"{round_number}/{batch_size}")
+            prompts = [
+                [generator.randrange(vocabulary) for _ in range(num_prompt_tokens)]
+                for _ in range(batch_size)
+            ]
+            time_batch(backend, prompts, min(num_tokens, _WARM_UP_TOKENS))
+            started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            timed = time_batch(backend, prompts, num_tokens)
+            lines.append(
+                {
+                    "round": round_number,
+                    "batch_size": batch_size,
+                    "num_prompt_tokens": num_prompt_tokens,
+                    "num_tokens": num_tokens,
+                    "config_hash": config_hash,
+                    "started": started,
+                }
+                | timed
+            )
+            sys.stderr.write(
+                f"{folder.name}: {batch_size} sequences at once, "
+                f"{timed['tokens_per_s']:.0f} tokens/s\n"
+            )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure one model in one round; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m lm_eval_tasks.throughput")
+    parser.add_argument("folder", type=Path, help="run folder; its config.json names the engine")
+    parser.add_argument("--round", type=int, required=True)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", required=True)
+    parser.add_argument("--tokens", type=int, nargs=2, required=True, metavar=("PROMPT", "NEW"))
+    parser.add_argument("--tokenizer")
+    options = parser.parse_args(arguments)
+    # As thinkfast-eval sample does: only what a reader must know, and what the user chose stays.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    try:
+        from lm_eval_tasks.samples import SampleStore
+        from lm_eval_tasks.sampling.vllm_backend import start_vllm
+
+        config = SampleStore(options.folder).config()
+        engine = dict(config["engine"])
+        for name in ("backend", "max_in_flight", "tokenizer"):
+            engine.pop(name, None)  # not vLLM's, or a hash of it
+        if options.tokenizer:
+            engine["tokenizer"] = options.tokenizer
+        backend = start_vllm(config["model"], engine)
+        try:
+            measure(
+                backend,
+                options.folder,
+                config_hash=config["config_hash"],
+                round_number=options.round,
+                batch_sizes=options.batch_sizes,
+                num_prompt_tokens=options.tokens[0],
+                num_tokens=options.tokens[1],
+            )
+        finally:
+            backend.close()
+    except InputError:
+        return 2  # the message is out already
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

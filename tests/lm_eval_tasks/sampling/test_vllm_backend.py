@@ -1,0 +1,315 @@
+"""vLLM in process: the same samples as lm-eval draws, times, kill -9 and resume."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_checkpoint import build_checkpoint
+
+from lm_eval_tasks.cli import main
+from lm_eval_tasks.samples import SampleStore, sample_seed
+from lm_eval_tasks.sampling import vllm_backend
+from lm_eval_tasks.sampling.vllm_backend import EngineTap, VllmBackend
+
+ROOT = Path(__file__).resolve().parents[3]
+ENGINE = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 512,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 1024,
+}
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+NUM_PROBLEMS, NUM_SAMPLES, MAX_TOKENS = 12, 8, 32
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(build_checkpoint(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="module")
+def lm(checkpoint: str) -> Any:
+    """lm-eval's vLLM class; its engine serves all tests of this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        from lm_eval.models.vllm_causallms import VLLM
+
+        return VLLM(pretrained=checkpoint, disable_log_stats=False, seed=1234, **ENGINE)
+
+
+@pytest.fixture
+def run_folder(lm: Any, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run the sample command with the shared engine in place of a new one; return its folder."""
+    started: list[tuple[str, dict[str, Any]]] = []
+
+    def start(model: str, engine_args: dict[str, Any], max_in_flight: int | None) -> VllmBackend:
+        started.append((model, engine_args))
+        return VllmBackend(lm.model.llm_engine, None, max_in_flight)
+
+    monkeypatch.setattr(vllm_backend, "start_vllm", start)
+
+    def run(*more: str, folder: Path = tmp_path / "run", code: int = 0) -> SampleStore:
+        assert main([*command(checkpoint, folder)[2:], *more]) == code
+        assert all(each == (checkpoint, ENGINE) for each in started)
+        return SampleStore(folder)
+
+    return run
+
+
+def command(checkpoint: str, folder: Path) -> list[str]:
+    engine_args = [f"{key}={value}" for key, value in ENGINE.items()]
+    return [
+        *("-m", "lm_eval_tasks.cli", "sample", "--model", checkpoint, "--task", "arith"),
+        *("--limit", str(NUM_PROBLEMS), "--num-samples", str(NUM_SAMPLES)),
+        *("--max-tokens", str(MAX_TOKENS), "--out", str(folder)),
+        *("--engine-args", *engine_args),
+    ]
+
+
+def _is_vllm(pid: str) -> bool:
+    try:
+        return "VLLM" in Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return False
+
+
+def texts(store: SampleStore) -> dict[tuple[str, int], tuple[str, int, str]]:
+    return {r.key: (r.text, r.num_tokens, r.finish_reason) for r in store.records()}
+
+
+def lm_eval_texts(lm: Any, checkpoint: str) -> dict[tuple[str, int], tuple[str, int, str]]:
+    """Draw the same samples with the lm-eval task."""
+    from scripted_lm import evaluate
+
+    found: dict[tuple[str, int], tuple[str, int, str]] = {}
+    generate = lm.generate_until
+
+    def recorded(requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+        sampled = generate(requests, disable_tqdm)
+        seen: Counter[str] = Counter()
+        for request, text in zip(requests, sampled, strict=True):
+            key = (request.problem, seen[request.problem])
+            found[key] = (str(text), text.num_tokens, text.finish_reason)
+            seen[request.problem] += 1
+        return sampled
+
+    lm.generate_until = recorded
+    try:
+        evaluate(
+            lm,
+            "arith_passk",
+            {"num_samples": NUM_SAMPLES, "pretrained": checkpoint},
+            limit=NUM_PROBLEMS,
+            gen_kwargs=f"max_gen_toks={MAX_TOKENS}",
+        )
+    finally:
+        del lm.generate_until
+    return found
+
+
+# -- with an engine -------------------------------------------------------------------------------
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_same_samples_as_lm_eval_also_after_a_kill(
+    lm: Any, checkpoint: str, run_folder: Any, tmp_path: Path
+) -> None:
+    from lm_eval_tasks.vllm_hook import install_vllm_hook
+
+    install_vllm_hook()
+    by_lm_eval = lm_eval_texts(lm, checkpoint)
+    assert len(by_lm_eval) == NUM_PROBLEMS * NUM_SAMPLES
+    assert len({text for text, _, _ in by_lm_eval.values()}) == len(by_lm_eval)
+
+    # A process of its own, with an engine of its own, killed in the middle.
+    folder = tmp_path / "killed"
+    file = folder / "samples.jsonl"
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]  # the command's default is under test
+    log = tmp_path / "log"
+    with (
+        log.open("wb") as opened,
+        subprocess.Popen(
+            [sys.executable, *command(checkpoint, folder)],
+            env=environment,
+            stdout=opened,
+            stderr=subprocess.STDOUT,
+        ) as process,
+    ):
+        deadline = time.monotonic() + 600
+        while not file.exists() or file.read_bytes().count(b"\n") < 20:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.005)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signal.SIGKILL)
+    assert not [pid for pid in children if _is_vllm(pid)], "an engine would outlive the kill"
+    before = list(SampleStore(folder).records())
+    assert 20 <= len(before) < NUM_PROBLEMS * NUM_SAMPLES
+
+    store = run_folder(folder=folder)
+    records = list(store.records())
+    assert records[: len(before)] == before
+    assert len(records) == NUM_PROBLEMS * NUM_SAMPLES
+    assert texts(store) == by_lm_eval
+    assert [s["session"] for s in store.sessions()] == [0, 1]
+    assert all(r.seed == sample_seed(1234, r.problem_id, r.sample_index) for r in records)
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_latency_regime_more_samples_and_times(run_folder: Any) -> None:
+    small = ("--regime", "latency", "--limit", "3", "--max-tokens", "8")
+    store = run_folder(*small, "--num-samples", "2")
+    assert len(texts(store)) == 6
+    store = run_folder(*small)
+    assert len(texts(store)) == 3 * NUM_SAMPLES
+    first, second = store.sessions()
+    assert (first["drawn"], second["drawn"]) == (6, 18)
+    assert len(second["resumed_problems"]) == 3
+    assert second["engine"]["max_num_seqs"] == ENGINE["max_num_seqs"]
+    assert second["engine"]["dtype"] == "float32"
+    for record in store.records():
+        assert record.first_token_s is not None
+        assert 0 <= record.submit_s < record.first_token_s <= record.finish_s
+        assert record.num_tokens <= 8
+        assert record.num_prompt_tokens > 100
+        assert record.num_cached_tokens is not None
+        assert not record.is_truncated or record.num_tokens == 8
+    # The warm-up leaves nothing in the prefix cache: the first sample of a session pays in full.
+    earliest = min(store.records(), key=lambda r: (r.session, r.submit_s))
+    assert earliest.num_cached_tokens == 0
+    assert second["cached_tokens"] > 0
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_prompt_that_does_not_fit(
+    lm: Any, run_folder: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lm.model.llm_engine.model_config, "max_model_len", 100)
+    store = run_folder(code=2)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(said) == 1
+    assert "tokens and the model's length is 100; give --engine-args max_model_len=..." in said[0]
+    assert list(store.records()) == []
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_samples_are_cut_where_the_model_ends(
+    lm: Any, run_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lm.model.llm_engine.model_config, "max_model_len", 320)
+    store = run_folder("--max-tokens", "300", "--num-samples", "1", "--limit", "2")
+    (session,) = store.sessions()
+    assert session["num_shortened_problems"] == 2
+    for record in store.records():
+        assert record.num_prompt_tokens + record.num_tokens <= 320
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_engine_that_breaks_down(
+    lm: Any, run_folder: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = lm.model.llm_engine
+    step, calls = engine.step, []
+
+    def failing() -> Any:
+        calls.append(1)
+        if len(calls) > 60:
+            raise RuntimeError("out of memory")
+        return step()
+
+    monkeypatch.setattr(engine, "step", failing)
+    store = run_folder(code=2)
+    monkeypatch.undo()
+    assert not engine.has_unfinished_requests(), "unfinished requests are given up"
+    stored = len(texts(store))
+    assert f"RuntimeError: out of memory); {stored} of 96 samples" in capsys.readouterr().err
+    assert 0 < stored < 96
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_sample_that_vllm_gives_up(
+    lm: Any, run_folder: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others that finish in the same step are stored all the same."""
+    engine = lm.model.llm_engine
+    step, finished = engine.step, []
+
+    def aborting() -> Any:
+        outputs = step()
+        ours = [output for output in outputs if not output.request_id.startswith("warm-up")]
+        if ours and not finished:
+            ours[0].outputs[0].finish_reason = "abort"
+            finished.extend(output.request_id for output in ours)
+        return outputs
+
+    monkeypatch.setattr(engine, "step", aborting)
+    store = run_folder("--max-tokens", "1", code=2)
+    monkeypatch.undo()
+    said = capsys.readouterr().err
+    assert f"vLLM ended {finished[0]} with 'abort'; {len(finished) - 1} of 96 samples" in said
+    assert {f"{p}#{j}" for p, j in texts(store)} == set(finished[1:])
+    assert len(finished) > 1
+
+
+# -- without one ----------------------------------------------------------------------------------
+
+
+def test_tap_counts_since_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(vllm_backend, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    tap = EngineTap()
+    assert tap.mean_running is None
+
+    def step(seconds: float, running: int, preempted: int = 0) -> None:
+        clock.now += seconds
+        tap.record(
+            SimpleNamespace(num_running_reqs=running),
+            SimpleNamespace(num_preempted_reqs=preempted),
+            engine_idx=0,
+        )
+
+    step(1.0, running=99, preempted=9)
+    tap.reset()
+    step(5.0, running=4)  # the interval before the first step is not a step's
+    step(1.0, running=4)
+    step(3.0, running=2, preempted=1)
+    assert tap.num_steps == 3
+    assert tap.num_preemptions == 1
+    assert tap.mean_running == pytest.approx((4 * 1 + 2 * 3) / 4)
+
+
+@pytest.mark.parametrize(
+    ("engine_args", "message"),
+    [
+        ({"max_model_length": 5}, "did you mean max_model_len?"),
+        ({"dtype": "float33"}, "vLLM cannot start .*float33"),
+    ],
+)
+def test_wrong_engine_arguments(checkpoint: str, engine_args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        vllm_backend.start_vllm(checkpoint, engine_args)
+
+
+def test_missing_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="vLLM cannot start"):
+        vllm_backend.start_vllm(str(tmp_path / "nothing"), {})

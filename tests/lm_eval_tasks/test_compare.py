@@ -1,0 +1,257 @@
+"""The plan of a comparison and its resumption; the engines behind it have their own tests."""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from synthetic_runs import make_run
+
+from lm_eval_tasks import compare, throughput
+from lm_eval_tasks.cli import main
+from lm_eval_tasks.commands import reward as reward_command
+from lm_eval_tasks.commands import sample as sample_command
+from lm_eval_tasks.compare import Plan, parse_model, run_plan, share
+from lm_eval_tasks.errors import InputError
+
+
+def plan(folder, **options):
+    values = {
+        "models": [parse_model("a/teacher"), parse_model("b/student,max_num_seqs=4")],
+        "task": "arith",
+        "num_samples": 8,
+        "num_problems": 6,
+        "regime": "saturated",
+        "rounds": 2,
+        "sampling": ["--temperature", "0.7"],
+        "engine_args": {"dtype": "float32", "max_num_seqs": "16"},
+        "rewards": [],
+        "batch_sizes": [1, 4],
+        "speed_tokens": (32, 16),
+        "folder": folder,
+    }
+    return Plan(**values | options)
+
+
+def parsed(step, module):
+    """What the step's own command makes of its arguments."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    module.add_arguments(parser)
+    return parser.parse_args(step.command[4:])
+
+
+def test_steps_take_turns(tmp_path):
+    titles = [step.title for step in plan(tmp_path).steps()]
+    assert titles == [
+        "round 1 of 2: sampling teacher",
+        "round 1 of 2: sampling student",
+        "round 1 of 2: speed of teacher",
+        "round 1 of 2: speed of student",
+        "round 2 of 2: sampling student",
+        "round 2 of 2: sampling teacher",
+        "round 2 of 2: speed of student",
+        "round 2 of 2: speed of teacher",
+        "score",
+    ]
+
+
+def test_steps_are_commands_that_exist(tmp_path):
+    steps = plan(tmp_path, rewards=["some/prm,protocol=qwen"]).steps()
+    first, second, last = (parsed(steps[i], sample_command) for i in (0, 1, 5))
+    assert (first.model, first.name, first.task) == ("a/teacher", "teacher", "arith")
+    assert (first.num_samples, first.limit, first.temperature) == (4, 6, 0.7)
+    assert first.engine_args == ["dtype=float32", "max_num_seqs=16"]
+    assert second.engine_args == ["dtype=float32", "max_num_seqs=4"]
+    assert first.out == last.out == tmp_path / "runs" / "teacher"
+    assert (last.num_samples, last.regime) == (8, "saturated")
+    given = parsed(steps[-1], reward_command)
+    assert given.reward == ["some/prm,protocol=qwen"]
+    assert [path.name for path in given.runs] == ["teacher", "student"]
+
+
+def test_steps_of_the_latency_regime_divide_the_problems(tmp_path):
+    steps = plan(tmp_path, regime="latency", batch_sizes=[], rounds=3).steps()
+    drawn = [parsed(step, sample_command) for step in steps[:-1]]
+    assert [(one.num_samples, one.limit) for one in drawn] == [(8, 2)] * 2 + [(8, 4)] * 2 + [
+        (8, 6)
+    ] * 2
+
+
+def test_share_is_everything_at_the_end():
+    for total in (5, 8, 64):
+        for rounds in range(1, total + 1):
+            shares = [share(total, number, rounds) for number in range(rounds)]
+            assert shares == sorted(shares)
+            assert shares[0] >= 1
+            assert shares[-1] == total
+
+
+def test_parse_model():
+    model = parse_model("some/folder,name=x,tokenizer=other,max_num_seqs=64")
+    assert (model.path, model.name, model.tokenizer) == ("some/folder", "x", "other")
+    assert model.engine_args == {"max_num_seqs": "64"}
+    assert parse_model("some/folder/").name == "folder"
+
+
+class FakeCommands:
+    """Stands in for the processes: notes them, and fails where told."""
+
+    def __init__(self, fail_at=None, code=2):
+        self.titles = []
+        self.fail_at = fail_at
+        self.code = code
+
+    def __call__(self, command):
+        self.titles.append(command)
+        return self.code if len(self.titles) == self.fail_at else 0
+
+
+def measured(folder, rounds, batch_sizes):
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "round": number,
+            "batch_size": batch,
+            "num_prompt_tokens": 32,
+            "num_tokens": 16,
+            "seconds": 1.0,
+            "prefill_s": 0.1,
+            "tokens_per_s": 16.0,
+            "decode_tokens_per_s": 18.0,
+            "num_preemptions": 0,
+            "config_hash": "x",
+            "started": "2026-01-01",
+        }
+        for number in rounds
+        for batch in batch_sizes
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / throughput.THROUGHPUT).write_text(text)
+
+
+def test_run_plan_resumes(tmp_path, monkeypatch, capsys):
+    chosen = plan(tmp_path / "out")
+    commands = FakeCommands(fail_at=4)
+    monkeypatch.setattr(compare, "_run", commands)
+    with pytest.raises(InputError, match="step 4 of 9 failed"):
+        run_plan(chosen)
+    error = capsys.readouterr().err
+    assert "[4/9] round 1 of 2: speed of student" in error
+    assert "exit code 2: python -m lm_eval_tasks.throughput" in error
+
+    # Sampling is asked again (it resumes by itself); speeds that are there are not.
+    measured(chosen.folder / "runs" / "teacher", [0], [1, 4])
+    measured(chosen.folder / "runs" / "student", [0], [1])
+    again = FakeCommands()
+    monkeypatch.setattr(compare, "_run", again)
+    run_plan(chosen)
+    assert [command[-1] for command in again.titles] == [
+        step.command[-1] for i, step in enumerate(chosen.steps()) if i != 2
+    ]
+
+
+def test_run_plan_is_bound_to_its_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "_run", FakeCommands())
+    run_plan(plan(tmp_path))
+    with pytest.raises(InputError):
+        run_plan(plan(tmp_path, rounds=4))
+    assert "rounds is 2 there and 4 now" in capsys.readouterr().err
+
+
+def test_run_plan_passes_an_interruption_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "_run", FakeCommands(fail_at=1, code=130))
+    with pytest.raises(KeyboardInterrupt):
+        run_plan(plan(tmp_path))
+
+
+def test_steps_end_with_their_parent(tmp_path):
+    """A killed comparison leaves no sampler that writes on unseen."""
+    marker = tmp_path / "marker"
+    child = (
+        "import time, pathlib, sys\n"
+        f"pathlib.Path({str(marker)!r}).write_text('started')\n"
+        "time.sleep(60)\n"
+    )
+    parent = "from lm_eval_tasks.compare import _run; import sys; "
+    parent += f"_run([sys.executable, '-c', {child!r}])"
+    with subprocess.Popen([sys.executable, "-c", parent]) as process:
+        for _ in range(600):
+            if marker.exists():
+                break
+            time.sleep(0.05)
+        found = children(process.pid)
+        assert len(found) == 1
+        process.kill()
+    for _ in range(100):
+        if not alive(found[0]):
+            break
+        time.sleep(0.05)
+    assert not alive(found[0])
+
+
+def children(pid):
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_compare_command_reports(tmp_path, monkeypatch, capsys):
+    """Everything but the engines: the runs are there when the steps have ended."""
+    out = tmp_path / "out"
+
+    def steps(chosen):
+        for model in chosen.models:
+            make_run(chosen.run_folder(model), num_problems=4, num_samples=4)
+
+    monkeypatch.setattr("lm_eval_tasks.commands.compare.run_plan", steps)
+    command = ["compare", "--model", "x/a", "--model", "x/b", "--task", "arith", "--limit", "4"]
+    command += ["--num-samples", "4", "--out", str(out), "--no-png", "--draws", "100"]
+    assert main(command) == 0
+    text = (out / "report" / "report.md").read_text()
+    assert "took turns in 2 rounds on one machine" in text
+    assert "python -m lm_eval_tasks.cli sample --model x/a --name a" in text
+    assert "Seconds until the accuracy of a" in text
+    assert capsys.readouterr().out.count("report.") == 2
+
+
+def test_compare_command_dry_run(tmp_path, capsys):
+    command = ["compare", "--model", "x/a", "--model", "x/b", "--task", "arith", "--limit", "4"]
+    assert main([*command, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert lines[0].startswith("python -m lm_eval_tasks.cli sample --model x/a --name a")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "a"], "need at least two to compare"),
+        (["--model", "x/a", "--model", "y/a"], "two models are named a"),
+        (["--model", "a", "--model", "b,name"], "'name' is no KEY=VALUE"),
+        (["--model", "a", "--model", ",name=x"], "need PATH"),
+        (["--model", "a", "--model", "b,name=x/y"], "name 'x/y' is a folder's name"),
+        (["--model", "a", "--model", "b,dtype=x,dtype=y"], "dtype is given twice"),
+        (["--model", "a", "--model", "b", "--num-samples", "0"], "--num-samples 0"),
+        (["--model", "a", "--model", "b", "--num-samples", "3", "--rounds", "4"], "--rounds 4"),
+        (["--model", "a", "--model", "b", "--batch-sizes", "0"], "--batch-sizes 0"),
+        (["--model", "a", "--model", "b", "--engine-args", "dtype"], "--engine-args dtype"),
+        (["--model", "a", "--model", "b", "--reward-time"], "--reward-time needs the scores"),
+    ],
+)
+def test_compare_command_bad_input(tmp_path, capsys, arguments, message):
+    out = tmp_path / "out"
+    assert main(["compare", "--task", "arith", "--limit", "9", "--out", str(out), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not out.exists()

@@ -1,0 +1,123 @@
+"""Speed measurement with a scripted engine: what is timed, what is stored, what is refused."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from lm_eval_tasks import throughput
+from lm_eval_tasks.errors import InputError
+from lm_eval_tasks.throughput import THROUGHPUT, measure, read_throughput, time_batch
+
+pytest.importorskip("vllm")
+
+
+class ScriptedEngine:
+    """Prefills two sequences per step, then gives every running one a token; a step takes 1 s."""
+
+    def __init__(self, clock):
+        self.clock = clock
+        self.waiting = []
+        self.running = {}
+        self.log = []
+        self.model_config = SimpleNamespace(max_model_len=100, get_vocab_size=lambda: 50)
+        self.renderer = SimpleNamespace(render_cmpl=list)
+
+    def reset_prefix_cache(self):
+        self.log.append("reset")
+        return True
+
+    def add_request(self, name, prompt, params):
+        self.log.append((len(prompt["prompt_token_ids"]), params.max_tokens, params.ignore_eos))
+        self.waiting.append([name, params.max_tokens, None])
+
+    def has_unfinished_requests(self):
+        return bool(self.waiting or self.running)
+
+    def step(self):
+        self.clock.now += 1
+        new, self.waiting = self.waiting[:2], self.waiting[2:]
+        for entry in new:
+            entry[2] = self.clock.now
+            self.running[entry[0]] = entry
+        outputs = []
+        for name, entry in list(self.running.items()):
+            entry[1] -= 1
+            metrics = SimpleNamespace(first_token_ts=entry[2])
+            outputs.append(
+                SimpleNamespace(outputs=[SimpleNamespace(token_ids=[7])], metrics=metrics)
+            )
+            if not entry[1]:
+                del self.running[name]
+        return outputs
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return SimpleNamespace(
+        engine=ScriptedEngine(clock), tap=SimpleNamespace(num_preemptions=3), max_num_seqs=8
+    )
+
+
+def test_time_batch(backend):
+    found = time_batch(backend, [[1, 2, 3]] * 4, 10)
+    # Two sequences prefilled in the first second, two in the second; the last ends after 11.
+    assert found["seconds"] == 11
+    assert found["prefill_s"] == 2
+    assert found["tokens_per_s"] == pytest.approx(40 / 11)
+    # 6 of the 40 tokens came until then.
+    assert found["decode_tokens_per_s"] == pytest.approx(34 / 9)
+    assert found["num_preemptions"] == 0
+    assert backend.engine.log == ["reset", *[(3, 10, True)] * 4]
+
+
+def options(**given):
+    values = {
+        "config_hash": "x",
+        "round_number": 0,
+        "batch_sizes": [1, 4],
+        "num_prompt_tokens": 5,
+        "num_tokens": 10,
+    }
+    return values | given
+
+
+def test_measure_stores_and_resumes(backend, tmp_path):
+    measure(backend, tmp_path, **options(batch_sizes=[1]))
+    measure(backend, tmp_path, **options())
+    measure(backend, tmp_path, **options(round_number=1))
+    rows = read_throughput(tmp_path)
+    assert [(row["round"], row["batch_size"]) for row in rows] == [(0, 1), (0, 4), (1, 1), (1, 4)]
+    assert rows[1]["seconds"] == 11
+    before = len(backend.engine.log)
+    measure(backend, tmp_path, **options())
+    assert len(backend.engine.log) == before  # nothing was run again
+
+
+def test_measure_refuses_what_does_not_fit(backend, tmp_path, capsys):
+    for given, message in (
+        ({"num_tokens": 96}, "5 + 96 tokens of the speed measurement exceed the model's length"),
+        ({"batch_sizes": [16]}, "--batch-sizes 16: the engine runs at most 8"),
+    ):
+        with pytest.raises(InputError):
+            measure(backend, tmp_path, **options(**given))
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / THROUGHPUT).exists()
+
+
+def test_read_throughput_refuses_damaged_lines(backend, tmp_path, capsys):
+    measure(backend, tmp_path, **options(batch_sizes=[1]))
+    path = tmp_path / THROUGHPUT
+    (line,) = path.read_text().splitlines()
+    row = json.loads(line)
+    for damaged, message in (
+        (row, "round 0 at batch size 1 stands there twice"),
+        (row | {"seconds": "1"}, "seconds is '1'; need float"),
+        ({"round": 0}, "fields are ['round']"),
+    ):
+        path.write_text(f"{line}\n{json.dumps(damaged)}\n")
+        with pytest.raises(InputError):
+            read_throughput(tmp_path)
+        assert f"line 2: {message}" in capsys.readouterr().err
