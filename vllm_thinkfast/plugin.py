@@ -42,8 +42,10 @@ def register() -> None:
     for config_class in (LlambaConfig, MambaInLlamaConfig):
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     compat.register_config_parser()
-    compat.register_mamba_defaults(ATTENTION_FREE)
-    compat.register_token_id_check(tuple(name for name, _ in ARCHITECTURES))
+    architectures = tuple(name for name, _ in ARCHITECTURES)
+    compat.register_model_defaults(architectures, ATTENTION_FREE)
+    compat.register_fork(ATTENTION_FREE)
+    compat.register_token_id_check(architectures)
     compat.register_cpu_seed_fix()
     for architecture, target in ARCHITECTURES:
         ModelRegistry.register_model(architecture, target)

@@ -1,0 +1,184 @@
+"""When forking is on, and the memory of prompt hashes; no engine."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_thinkfast import compat, envs, fork, plugin
+
+
+def config(**cache: Any) -> Any:
+    """The parts of vLLM's configuration that ``configure`` reads."""
+    settings = {
+        "enable_prefix_caching": True,
+        "prefix_match_unit": None,
+        "mamba_block_size": None,
+        "user_specified_block_size": False,
+        "prefix_cache_retention_interval": 0,
+        **cache,
+    }
+    return SimpleNamespace(
+        cache_config=SimpleNamespace(**settings),
+        model_config=SimpleNamespace(max_model_len=2048),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=4096, enable_chunked_prefill=True),
+        kv_transfer_config=None,
+    )
+
+
+def configured(
+    vllm_config: Any, *, is_attention_free: bool = True, obstacle: str | None = None
+) -> tuple[int | None, int | None]:
+    """(match unit, state block size) after ``configure``."""
+    fork.configure(vllm_config, is_attention_free=is_attention_free, obstacle=obstacle)
+    cache = vllm_config.cache_config
+    return cache.prefix_match_unit, cache.mamba_block_size
+
+
+def test_configure() -> None:
+    unit, block_size = configured(config())
+    assert unit == 1
+    assert block_size is not None
+    assert block_size > 4096, "a sequence or a chunk could fill the block"
+    assert block_size % 8 == 0
+    assert configured(config(), is_attention_free=False) == (1, None)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"mamba_block_size": 64},
+        {"user_specified_block_size": True},
+        {"prefix_cache_retention_interval": 512},
+        {"prefix_cache_retention_interval": None},
+    ],
+    ids=lambda setting: "-".join(setting),
+)
+def test_configure_keeps_the_users_grid(setting: dict[str, Any]) -> None:
+    vllm_config = config(**setting)
+    assert configured(vllm_config) == (1, setting.get("mamba_block_size"))
+
+
+def test_configure_keeps_the_users_unit() -> None:
+    assert configured(config(prefix_match_unit=16)) == (16, None)
+
+
+def test_configure_without_prefix_caching() -> None:
+    assert configured(config(enable_prefix_caching=False)) == (None, None)
+
+
+def test_configure_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(envs.FORK, "0")
+    assert configured(config()) == (None, None)
+
+
+def test_configure_says_why_not(caplog: pytest.LogCaptureFixture) -> None:
+    assert configured(config(), obstacle="this vLLM is a potato") == (None, None)
+    with_connector = config()
+    with_connector.kv_transfer_config = object()
+    assert configured(with_connector) == (None, None)
+    assert ["potato" in caplog.text, "KV connector" in caplog.text] == [True, True]
+
+
+def test_configure_without_chunked_prefill(caplog: pytest.LogCaptureFixture) -> None:
+    """vLLM's defaults for attention-free models allow it, so ours must not end in an error."""
+    vllm_config = config()
+    vllm_config.scheduler_config.enable_chunked_prefill = False
+    assert configured(vllm_config) == (None, None)
+    assert not vllm_config.cache_config.enable_prefix_caching
+    assert "chunked prefill" in caplog.text
+
+
+@pytest.mark.parametrize("value", ["yes", "2", "off"])
+def test_environment_refuses(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv(envs.FORK, value)
+    with pytest.raises(ValueError, match=f"VLLM_THINKFAST_FORK={value}: accepted are 0 and 1"):
+        envs.fork()
+
+
+def test_fork_obstacle_of_the_tested_version() -> None:
+    assert compat.fork_obstacle() is None
+
+
+def test_fork_obstacle_of_an_old_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "vllm_distribution", lambda: ("vllm", "0.31.2"))
+    assert compat.fork_obstacle.__wrapped__() == "that needs vllm 0.32.0 or newer, found 0.31.2"
+
+
+def test_fork_obstacle_of_a_renamed_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.core import kv_cache_utils
+
+    monkeypatch.delattr(kv_cache_utils, "get_request_block_hasher")
+    obstacle = compat.fork_obstacle.__wrapped__()
+    assert obstacle == "this vLLM has no vllm.v1.core.kv_cache_utils.get_request_block_hasher"
+
+
+@pytest.mark.parametrize("switch", ["1", "0"])
+def test_prefix_caching_by_default(monkeypatch: pytest.MonkeyPatch, switch: str) -> None:
+    """On for Llamba, only for it, and only if forking is."""
+    from vllm.config.model import ModelConfig
+
+    plugin.register()
+    monkeypatch.setenv(envs.FORK, switch)
+
+    def is_supported(architecture: str, pooler_config: Any = None) -> bool:
+        model_config = SimpleNamespace(
+            architecture=architecture, attn_type="attention_free", pooler_config=pooler_config
+        )
+        supported: bool = ModelConfig.is_prefix_caching_supported.fget(model_config)
+        return supported
+
+    assert is_supported("LlambaForCausalLM") is (switch == "1")
+    assert not is_supported("MambaForCausalLM")
+
+
+class StandInRequest(SimpleNamespace):
+    def __init__(self, prompt: list[int], **changes: Any) -> None:
+        super().__init__(
+            prompt_token_ids=prompt,
+            block_hashes=[],
+            num_output_tokens=0,
+            prompt_embeds=None,
+            mm_features=[],
+            lora_request=None,
+            cache_salt=None,
+        )
+        self.__dict__.update(changes)
+
+
+def test_remember_prompts() -> None:
+    """Equal prompts are hashed once; whatever else goes into the hash makes them unequal."""
+    hashed: list[Any] = []
+
+    def hasher(request: Any) -> list[bytes]:
+        hashed.append(request)
+        return [bytes([token]) for token in request.prompt_token_ids]
+
+    remembering = fork.remember_prompts(hasher)
+    assert [remembering(StandInRequest([1, 2])) for _ in range(5)] == [[b"\1", b"\2"]] * 5
+    assert len(hashed) == 1
+    for change in (
+        {"cache_salt": "salt"},
+        {"lora_request": object()},
+        {"mm_features": [object()]},
+        {"prompt_embeds": object()},
+        {"block_hashes": [b"\1"]},
+        {"num_output_tokens": 1},
+    ):
+        before = len(hashed)
+        remembering(StandInRequest([1, 2], **change))
+        assert len(hashed) == before + 1, change
+
+
+def test_remember_prompts_forgets() -> None:
+    hashed: list[int] = []
+
+    def hasher(request: Any) -> list[bytes]:
+        hashed.append(request.prompt_token_ids[0])
+        return []
+
+    remembering = fork.remember_prompts(hasher)
+    first, *others = range(fork.NUM_REMEMBERED_PROMPTS + 1)
+    for token in (first, *others, *others, first):
+        remembering(StandInRequest([token]))
+    assert hashed == [first, *others, first]
