@@ -1,6 +1,6 @@
 """``make tiny``: trains the embedded models from nothing, with the shipped recipes.
 
-First the teacher, then the students and the process reward model, two at a time with one thread
+First the teacher, then both students at the same time with one thread
 each (which is faster for models of this size than one after the other with two). Every run
 continues where it was killed, and a finished one is only exported.
 """
@@ -19,11 +19,9 @@ BIN = Path(sys.executable).parent
 RECIPES = ROOT / "distill" / "recipes"
 TEACHER = ("llama-tiny", "arith-teacher-tiny.yaml")
 STUDENTS = (
-    ("llamba-tiny", "arith-llamba-tiny.yaml", "teacher.model"),
-    ("mambainllama-tiny", "arith-mambainllama-tiny.yaml", "teacher.model"),
-    ("prm-tiny", "arith-prm-tiny.yaml", "student.weights"),
+    ("llamba-tiny", "arith-llamba-tiny.yaml"),
+    ("mambainllama-tiny", "arith-mambainllama-tiny.yaml"),
 )
-"""Folder, recipe, and where the recipe names the teacher's folder."""
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -131,12 +129,9 @@ def make(out: Path, runs: Path) -> None:
     one(*TEACHER, [])
     teacher = _shown(out / TEACHER[0])
     # The recipes name the usual folder already; a model card quotes the command as it was.
-    is_usual = teacher == "thinkfast/llama-tiny"
+    change = [] if teacher == "thinkfast/llama-tiny" else [f"teacher.model={teacher}"]
     with ThreadPoolExecutor(max_workers=2) as pool:
-        jobs = [
-            pool.submit(one, name, recipe, [] if is_usual else [f"{key}={teacher}"])
-            for name, recipe, key in STUDENTS
-        ]
+        jobs = [pool.submit(one, name, recipe, change) for name, recipe in STUDENTS]
         wait(jobs, return_when=FIRST_EXCEPTION)
         for job in jobs:
             job.result()

@@ -2,8 +2,8 @@
 
 A page's commands run in order in a folder of their own, in which MODEL, LLAMBA and TOKENIZER are
 tiny generated checkpoints, PROBLEMS.jsonl holds two problems, and distill and thinkfast are the
-checkout's, so nothing in a command has to be replaced but the server's port. One server runs at a time, and pages with the same ``vllm serve``
-line share it.
+checkout's, so nothing in a command has to be replaced but the server's port. One server runs at a
+time, and pages with the same ``vllm serve`` line share it.
 """
 
 import importlib.util

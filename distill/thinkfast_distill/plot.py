@@ -102,7 +102,7 @@ def _draw_run(
         begin = min(r["tokens"] for r in records if r["stage"] == stage) / 1e6
         axes.axvline(begin, color="#888888", lw=0.7, ls=":")
         axes.annotate(
-            stage.replace("_", " "), (begin, 0.98), xycoords=("data", "axes fraction"),
+            stage.replace("_", " "), (begin, 0.03), xycoords=("data", "axes fraction"),
             rotation=90, fontsize=7, color="#666666", ha="left", va="bottom",
             xytext=(2, 0), textcoords="offset points",
         )  # fmt: skip
