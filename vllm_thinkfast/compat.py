@@ -39,6 +39,7 @@ _FORK_NAMES = (
     ("vllm.v1.core.kv_cache_coordinator", "get_kv_cache_coordinator"),
     ("vllm.v1.core.kv_cache_utils", "get_request_block_hasher"),
     ("vllm.v1.core.kv_cache_utils", "resolve_kv_cache_block_sizes"),
+    ("vllm.v1.worker.utils", "copy_kv_cache_blocks_inplace"),
 )
 """(module, name) of what forking uses or replaces."""
 
@@ -158,17 +159,18 @@ def fork_obstacle() -> str | None:
     return None
 
 
-def register_fork(attention_free: tuple[str, ...]) -> None:
-    """Opens vLLM's prefix cache for attention-free models; see ``docs/design/fork.md``.
+def register_fork(architectures: tuple[str, ...], attention_free: tuple[str, ...]) -> None:
+    """Opens vLLM's prefix cache for our models; see ``docs/design/fork.md``.
 
-    Applies the three patches below, where this vLLM supports forking. They do nothing without the
+    Applies the four patches below, where this vLLM supports forking. They do nothing without the
     settings that ``fork.configure`` makes.
     """
     if fork_obstacle() is not None:
         return
     _cache_prefixes_by_default(attention_free)
-    _match_inside_blocks_with_one_group(attention_free)
+    _match_inside_blocks_with_one_group(architectures)
     _remember_prompt_hashes()
+    _copy_whole_blocks()
 
 
 def _cache_prefixes_by_default(architectures: tuple[str, ...]) -> None:
@@ -246,14 +248,15 @@ def _match_inside_blocks_with_one_group(architectures: tuple[str, ...]) -> None:
     _replace(kv_cache_coordinator, get_kv_cache_coordinator, "vllm.v1.core.kv_cache_manager")
 
 
-def _replace(module: Any, function: Any, importer: str) -> None:
+def _replace(module: Any, function: Any, *importers: str) -> None:
     """Puts ``function`` in the place of the one of its name, also where that was imported before.
 
-    The importer itself is not imported: it is the engine, and not every process has one.
+    The importers are not imported: they are the engine, and not every process has one.
     """
     setattr(module, function.__name__, function)
-    if importer in sys.modules:
-        setattr(sys.modules[importer], function.__name__, function)
+    for importer in importers:
+        if importer in sys.modules:
+            setattr(sys.modules[importer], function.__name__, function)
 
 
 def _is_one_aligned_state_group(kv_cache_config: Any) -> bool:
@@ -286,6 +289,41 @@ def _remember_prompt_hashes() -> None:
 
     get_request_block_hasher.thinkfast_original = make_hasher  # type: ignore[attr-defined]
     _replace(kv_cache_utils, get_request_block_hasher, "vllm.v1.engine.core")
+
+
+def _copy_whole_blocks() -> None:
+    """Copies of cache blocks take all bytes of a block.
+
+    Patch: wraps ``copy_kv_cache_blocks_inplace``.
+    Why: an attention layer and a state layer share their blocks, and vLLM copies the first view of
+    a block that it meets and skips others that begin at the same byte. In a hybrid with several
+    layers per cache group that is the state's view, which is the shorter one, so most keys and
+    values of a shared last block were lost (vLLM 0.32 ``v1/worker/utils.py``).
+    Remove when: vLLM takes the longest view of each block, or copies by block stride.
+    """
+    from vllm.v1.worker import utils
+
+    copy = utils.copy_kv_cache_blocks_inplace
+    if hasattr(copy, "thinkfast_original"):
+        return
+
+    def copy_kv_cache_blocks_inplace(
+        kv_caches: Any, num_blocks: int, kv_cache_block_copies: Any
+    ) -> None:
+        longest: dict[Any, torch.Tensor] = {}
+        for cache in kv_caches:
+            key = (cache.device, cache.data_ptr())
+            if key not in longest or cache.nbytes > longest[key].nbytes:
+                longest[key] = cache
+        copy(longest.values(), num_blocks, kv_cache_block_copies)
+
+    copy_kv_cache_blocks_inplace.thinkfast_original = copy  # type: ignore[attr-defined]
+    _replace(
+        utils,
+        copy_kv_cache_blocks_inplace,
+        "vllm.v1.worker.gpu_model_runner",
+        "vllm.v1.worker.gpu.model_runner",
+    )
 
 
 def register_token_id_check(architectures: tuple[str, ...]) -> None:

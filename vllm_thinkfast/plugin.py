@@ -44,7 +44,7 @@ def register() -> None:
     compat.register_config_parser()
     architectures = tuple(name for name, _ in ARCHITECTURES)
     compat.register_model_defaults(architectures, ATTENTION_FREE)
-    compat.register_fork(ATTENTION_FREE)
+    compat.register_fork(architectures, ATTENTION_FREE)
     compat.register_token_id_check(architectures)
     compat.register_cpu_seed_fix()
     for architecture, target in ARCHITECTURES:

@@ -34,7 +34,7 @@ def _fails(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--num-samples", "many"], "'many' is not a whole number"),
         (["--num-s", "3"], "unrecognized arguments"),
         (["--speed-rounds", "2"], "--speed-rounds 2: at least 3"),
-        (["--max-tokens", "5000"], "--max-tokens 5000: at most 512"),
+        (["--max-tokens", "5000"], "--max-tokens 5000: at most 1024"),
         (["--seed", "-1"], "--seed -1: need a whole number from 0"),
         (["--seed", "x"], "invalid int value: 'x'"),
     ],

@@ -182,3 +182,23 @@ def test_remember_prompts_forgets() -> None:
     for token in (first, *others, *others, first):
         remembering(StandInRequest([token]))
     assert hashed == [first, *others, first]
+
+
+def test_copies_take_all_bytes_of_a_block() -> None:
+    """Two layers of each kind in one allocation; the state's views are short and come first."""
+    import torch
+
+    pytest.importorskip("vllm.v1.worker.utils")
+    if compat.fork_obstacle() is not None:
+        pytest.skip("this vLLM cannot fork")
+    plugin.register()
+    from vllm.v1.worker import utils
+
+    storage = torch.zeros(2, 3, 8, dtype=torch.int8)  # layers, blocks, bytes
+    storage[:, 1] = torch.arange(1, 9, dtype=torch.int8)
+    state = [layer[:, :3] for layer in storage]
+    attention = [layer.view(3, 2, 4) for layer in storage]
+    views = [state[0], attention[0], state[1], attention[1]]
+    utils.copy_kv_cache_blocks_inplace(views, 3, [(1, 2)])
+    assert torch.equal(storage[:, 2], storage[:, 1])
+    assert not storage[:, 0].any()
