@@ -88,7 +88,7 @@ def _draw_speed(axes: Any, results: dict[str, Any]) -> None:
         if i:
             ratio = model["speed"]["decode"]["ratio"]
             times = "\N{MULTIPLICATION SIGN}"
-            text += f"\n{ratio['median']:.2f} {times} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+            text += f"\n{ratio['median']:.2f} {times}\n({ratio['min']:.2f} to {ratio['max']:.2f})"
         axes.annotate(
             text, (i, max(summary["median"], *values)), xytext=(0, 4),
             textcoords="offset points", ha="center", fontsize=8,
