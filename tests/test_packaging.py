@@ -91,7 +91,10 @@ def test_entry_points(wheel: Path) -> None:
     points = configparser.ConfigParser()
     points.read_string(text)
     assert {section: dict(points[section]) for section in points.sections()} == {
-        "console_scripts": {"thinkfast": "vllm_thinkfast.cli:main"},
+        "console_scripts": {
+            "thinkfast": "vllm_thinkfast.cli:main",
+            "thinkfast-eval": "lm_eval_tasks.cli:main",
+        },
         "vllm.general_plugins": {"thinkfast": "vllm_thinkfast.plugin:register"},
     }
 
