@@ -22,7 +22,8 @@ from typing import Literal, NamedTuple
 
 from lm_eval_tasks.workers import WorkerPool
 
-Source = Literal["boxed", "hash", "phrase", "number"]
+#: The last three are those of programs (`lm_eval_tasks.programs.extract`).
+Source = Literal["boxed", "hash", "phrase", "number", "fence", "body", "code"]
 
 #: The extraction rules in order, and their version. Part of every task's version: changing a rule
 #: means a new number here and a new version in the tasks' YAML files.

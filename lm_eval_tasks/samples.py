@@ -9,12 +9,9 @@ its seed and its times. Scoring, voting and plotting read that folder and need n
 the data set. docs/evaluation.md describes the folder.
 """
 
-import errno
-import fcntl
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +20,7 @@ from typing import IO, Any
 
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.jsonl import JsonLines, read_object, write_atomically
+from lm_eval_tasks.locks import acquire
 
 
 class SampledText(str):
@@ -333,7 +331,7 @@ class SampleStore:
                 other problems under the same names, or a file is damaged.
         """
         assert self._lock is None, "already open"
-        self._lock = _lock(self.folder)
+        self._lock = self._acquire()
         try:
             self.dropped_bytes = self._samples.open()
             self._write_config(dict(config) | {"config_hash": config_hash(config)})
@@ -350,7 +348,7 @@ class SampleStore:
     def repair(self) -> int:
         """Mend torn last lines under the lock; return the bytes dropped from samples.jsonl."""
         assert self._lock is None, "open() repairs by itself"
-        self._lock = _lock(self.folder)
+        self._lock = self._acquire()
         try:
             self._sessions.repair()
             return self._samples.repair()
@@ -396,6 +394,10 @@ class SampleStore:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _acquire(self) -> IO[str]:
+        advice = "wait for it, or give another folder with --out"
+        return acquire(self.folder / ".lock", self.folder, advice)
 
     def _write_config(self, config: dict[str, Any]) -> None:
         path = self.folder / "config.json"
@@ -459,36 +461,3 @@ def _session_row(row: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(row.get("session"), int):
         raise ValueError("field 'session' must be a whole number")
     return row
-
-
-def _lock(folder: Path) -> IO[str]:
-    """Keep a second writer out of the folder; the lock ends with the process, however it ends.
-
-    A record lock: unlike one of flock it is not inherited by the engine processes that vLLM forks,
-    which can outlive a killed parent for some seconds.
-
-    Raises:
-        InputError: another process holds it, or the folder cannot be written.
-    """
-    path = folder / ".lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        opened = path.open("a+", encoding="utf-8")
-    except OSError as error:
-        stop(f"{folder}: cannot be written ({error.strerror}); give another folder with --out")
-    try:
-        fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        opened.truncate(0)
-        opened.write(f"{os.getpid()}\n")
-        opened.flush()
-    except OSError as error:
-        opened.seek(0)
-        holder = opened.read().strip()
-        opened.close()
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            stop(
-                f"{folder}: process {holder or '?'} is writing there; wait for it, or give another "
-                "folder with --out"
-            )
-        stop(f"{path}: cannot be locked ({error.strerror})")
-    return opened

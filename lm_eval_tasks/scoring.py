@@ -27,6 +27,9 @@ from lm_eval_tasks.estimators import (
     reported_ks,
     weighted_bon_at_k,
 )
+from lm_eval_tasks.programs.extract import EXTRACTION as PROGRAM_EXTRACTION
+from lm_eval_tasks.programs.extract import extract_program
+from lm_eval_tasks.programs.grading import grade_programs, group_programs
 from lm_eval_tasks.samples import SampledText
 from lm_eval_tasks.voting import group_answers
 
@@ -44,8 +47,9 @@ class Grading:
     """Finds the answer in a sampled text."""
     grade: Callable[[str, Sequence[str]], Sequence[bool]]
     """Compares answers with the gold answer, which comes first."""
-    group: Callable[[Sequence[str | None]], list[int | None]]
-    """Groups the answers of the samples of one problem for voting."""
+    group: Callable[[str, Sequence[str | None]], list[int | None]]
+    """Groups the answers of the samples of one problem for voting. The gold answer comes first, for
+    the inputs that programs are compared on; what it expects takes no part."""
 
     def version_of(self, task_version: str) -> str:
         """Return the version under which verdicts are stored."""
@@ -80,16 +84,31 @@ def _read_number(answer: str) -> Fraction | None:
     return number_in_words(answer) if number is None else number
 
 
-def _group_numbers(answers: Sequence[str | None]) -> list[int | None]:
+def _group_numbers(gold: str, answers: Sequence[str | None]) -> list[int | None]:
     return group_answers(answers, _read_number)
+
+
+def _group_formulas(gold: str, answers: Sequence[str | None]) -> list[int | None]:
+    return group_answers(answers)
 
 
 #: Answers are numbers, in any spelling and with units around them.
 NUMBER = Grading(f"number/{EXTRACTION}", _extract, _grade_number, _group_numbers)
 #: Answers are LaTeX; math-verify decides where strings and numbers do not.
-MATH = Grading(f"math/{EXTRACTION}", _extract, equivalent_many, group_answers)
+MATH = Grading(f"math/{EXTRACTION}", _extract, equivalent_many, _group_formulas)
+#: Answers are Python programs, gold answers are tests; both run in a sandbox.
+PROGRAM = Grading(f"program/{PROGRAM_EXTRACTION}", extract_program, grade_programs, group_programs)
 
-_GRADINGS = {"arith": NUMBER, "gsm8k": NUMBER, "gsm8k_500": NUMBER, "math500": MATH}
+_GRADINGS = {
+    "arith": NUMBER,
+    "gsm8k": NUMBER,
+    "gsm8k_500": NUMBER,
+    "humaneval": PROGRAM,
+    "humaneval_base": PROGRAM,
+    "math500": MATH,
+    "mbpp": PROGRAM,
+    "programs": PROGRAM,
+}
 
 
 def grading_of(task: str) -> Grading:
@@ -185,7 +204,7 @@ def score_problem(
     known = [sample for sample in samples if isinstance(sample, SampledText)]
     is_known = len(known) == len(samples)
     return ProblemScore(
-        classes=grading.group([item.answer for item in judged]),
+        classes=grading.group(gold, [item.answer for item in judged]),
         is_correct=[item.correct for item in judged],
         scores=None if scores is None else list(scores),
         num_distinct=len(set(map(str, samples))),

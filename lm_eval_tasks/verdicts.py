@@ -6,11 +6,8 @@ correct. ``classes.jsonl`` has one line per problem: its different answers, grou
 of task and grading, so that verdicts of an older grader are never mixed with newer ones.
 """
 
-import errno
-import fcntl
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +15,7 @@ from typing import Any, NamedTuple
 from lm_eval_tasks.answers import Extracted
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.jsonl import JsonLines
+from lm_eval_tasks.locks import exclusive
 from lm_eval_tasks.samples import SampleStore
 from lm_eval_tasks.scoring import Grading, grading_of
 
@@ -173,7 +171,7 @@ def score_run(folder: Path | str) -> ScoreCounts:
     version = grading.version_of(config["task_version"])
     golds = _golds(store, grading)
     with (
-        _exclusive(folder / ".score.lock"),
+        exclusive(folder / ".score.lock", folder),
         JsonLines(folder / VERDICTS) as verdicts,
         JsonLines(folder / CLASSES) as classes,
     ):
@@ -205,7 +203,7 @@ def score_run(folder: Path | str) -> ScoreCounts:
                 row = Verdict(name, index, answer, source, correct, version)
                 verdicts.append(row.as_dict())
             if verdict_of.keys() != grouped.get(name, set()):
-                groups = _group(sorted(verdict_of), grading)
+                groups = _group(gold, sorted(verdict_of), grading)
                 classes.append(AnswerClasses(name, version, groups).as_dict())
     return ScoreCounts(num_samples, sum(map(len, missing.values())))
 
@@ -223,29 +221,12 @@ def _golds(store: SampleStore, grading: Grading) -> dict[str, str]:
     return golds
 
 
-def _group(answers: list[str], grading: Grading) -> list[list[str]]:
+def _group(gold: str, answers: list[str], grading: Grading) -> list[list[str]]:
     groups: dict[int, list[str]] = defaultdict(list)
-    for answer, number in zip(answers, grading.group(answers), strict=True):
+    for answer, number in zip(answers, grading.group(gold, answers), strict=True):
         assert number is not None, f"no class for {answer!r}"
         groups[number].append(answer)
     return list(groups.values())
-
-
-@contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """Keep a second scorer out; the lock ends with the process, however it ends."""
-    try:
-        opened = path.open("a", encoding="utf-8")
-    except OSError as error:
-        stop(f"{path}: cannot be written ({error.strerror})")
-    with opened:
-        try:
-            fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                stop(f"{path.parent}: another process is scoring this run; wait for it")
-            stop(f"{path}: cannot be locked ({error.strerror})")
-        yield
 
 
 def _check_fields(row: Mapping[str, Any], fields: set[str]) -> None:

@@ -9,10 +9,13 @@ import pytest
 from lm_eval_tasks import task_path
 from lm_eval_tasks.answers import EXTRACTION, extract_answer
 from lm_eval_tasks.errors import InputError
+from lm_eval_tasks.programs.checks import Checks
+from lm_eval_tasks.programs.extract import EXTRACTION as PROGRAM_EXTRACTION
 from lm_eval_tasks.samples import SampledText
 from lm_eval_tasks.scoring import (
     METHODS,
     NUMBER,
+    PROGRAM,
     ProblemScore,
     grading_of,
     judge,
@@ -73,7 +76,8 @@ def test_problem_metrics_with_rewards() -> None:
 def test_grading_of_every_task() -> None:
     for path in task_path().glob("*/*_passk.yaml"):
         grading = grading_of(path.stem.removesuffix("_passk"))
-        assert grading.check_gold("5") is None
+        gold = Checks("assert f() == 5").to_gold() if grading is PROGRAM else "5"
+        assert grading.check_gold(gold) is None
         assert grading.check_gold(" ") == "the gold answer is empty"
         assert grading.version_of("1.0") == f"1.0+{grading.name}"
     assert grading_of("gsm8k").check_gold("many") == "the gold answer 'many' is no number"
@@ -85,9 +89,12 @@ def test_extraction_is_part_of_the_task_version() -> None:
     """Changing a rule means a new number here and new versions in the YAML files."""
     for path in task_path().glob("*/*_passk.yaml"):
         if "include:" not in path.read_text():
+            is_program = grading_of(path.stem.removesuffix("_passk")) is PROGRAM
+            extraction = PROGRAM_EXTRACTION if is_program else EXTRACTION
             assert "  version: " in path.read_text()
-            assert f"  extraction: {EXTRACTION}\n" in path.read_text()
+            assert f"  extraction: {extraction}\n" in path.read_text()
     assert EXTRACTION == "boxed-hash-phrase-number/1"
+    assert PROGRAM_EXTRACTION == "fence-body-code/1"
 
 
 def test_score_problem_with_facts() -> None:
@@ -118,5 +125,7 @@ def test_task_path_holds_the_definitions() -> None:
     names = {path.stem for path in task_path().glob("*/*.yaml")}
     benchmarks = ("arith", "gsm8k", "gsm8k_500", "math500")
     tasks = {f"{name}_{kind}" for name in benchmarks for kind in ("passk", "maj", "bon", "wbon")}
+    programs = ("humaneval", "humaneval_base", "mbpp", "programs")
+    tasks |= {f"{name}_{kind}" for name in programs for kind in ("passk", "maj")}
     assert names == tasks | {"thinkfast"}
     assert all((path.parent / "README.md").is_file() for path in task_path().glob("*/*.yaml"))

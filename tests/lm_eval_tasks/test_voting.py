@@ -67,9 +67,10 @@ def test_an_answer_equal_to_two_numbers_does_not_merge_them() -> None:
 
 
 def test_grouping_of_number_tasks_reads_units() -> None:
-    found = NUMBER.group(["18", "$18.00", "18 dollars", "x = 18", "19 dollars", "eighteen", "2*9"])
+    spellings = ["18", "$18.00", "18 dollars", "x = 18", "19 dollars", "eighteen", "2*9"]
+    found = NUMBER.group("18", spellings)
     assert found == [0, 0, 0, 0, 1, 2, 0]
-    assert MATH.group(["18", "18 hours"])[0] == 0
+    assert MATH.group("18", ["18", "18 hours"])[0] == 0
 
 
 def test_hostile_answers_stay_alone() -> None:

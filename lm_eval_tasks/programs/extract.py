@@ -1,0 +1,91 @@
+"""Find the program in a sampled text.
+
+Extraction (version 1; part of the version of every verdict) takes the first rule that finds
+something:
+
+1. ``fence``: the last Markdown block marked as Python, else the last block without a mark. A block
+   that the token limit cut off goes to the end of the text. Other languages' blocks do not count.
+2. ``body``: a text that begins with an indented line continues the prompt, as HumanEval asks of
+   models without chat: all lines up to the first one that is not indented.
+3. ``code``: from the first line that begins a program (``def``, ``class``, ``import``, ``from``,
+   ``async def`` or a decorator) to the end.
+
+A text without any of these has no answer. Whether the result is a program at all is for Python to
+say, in the sandbox.
+"""
+
+import re
+
+from lm_eval_tasks.answers import Extracted, Source
+
+#: The rules in order, and their version.
+EXTRACTION = "fence-body-code/1"
+
+#: Longer programs count as none.
+MAX_PROGRAM_CHARS = 65_536
+
+_FENCE = re.compile(r"^[ \t]*(?P<mark>```+|~~~+)[ \t]*(?P<language>[\w+.-]*)[^`\n]*$", re.MULTILINE)
+_PYTHON = frozenset({"python", "python3", "py", "py3"})
+_BEGINNING = re.compile(
+    r"^(?:(?:async[ \t]+)?def[ \t]+\w+[ \t]*\(|class[ \t]+\w+[ \t]*[(:]|@\w"
+    r"|import[ \t]+\w|from[ \t]+[\w.]+[ \t]+import\b)",
+    re.MULTILINE,
+)
+
+
+def extract_program(text: str) -> Extracted:
+    """Return the program of a sampled text, by the rules in this module's docstring.
+
+    The time is linear in the text.
+    """
+    rules: tuple[tuple[Source, str | None], ...] = (
+        ("fence", _last_fence(text)),
+        ("body", _body(text)),
+        ("code", _code(text)),
+    )
+    for source, code in rules:
+        if code is not None and code.strip():
+            found = code.rstrip() + "\n"
+            if len(found) <= MAX_PROGRAM_CHARS:
+                return Extracted(found, source)
+            break
+    return Extracted(None, None)
+
+
+def _last_fence(text: str) -> str | None:
+    """Return the content of the last block in Python, else of the last one without a language."""
+    best: dict[bool, str] = {}
+    opened: re.Match[str] | None = None
+    for match in _FENCE.finditer(text):
+        if opened is None:
+            opened = match
+        elif match["mark"].startswith(opened["mark"]) and not match["language"]:
+            _keep(best, opened, text[opened.end() + 1 : match.start()])
+            opened = None
+    if opened is not None:
+        _keep(best, opened, text[opened.end() + 1 :])
+    return best.get(True, best.get(False))
+
+
+def _keep(best: dict[bool, str], opened: re.Match[str], content: str) -> None:
+    language = opened["language"].lower()
+    if (language in _PYTHON or not language) and content.strip():
+        best[language in _PYTHON] = content
+
+
+def _body(text: str) -> str | None:
+    lines = text.split("\n")
+    first = next((line for line in lines if line.strip()), "")
+    if not first[:1].isspace():
+        return None
+    kept = []
+    for line in lines:
+        if line.strip() and not line[0].isspace():
+            break
+        kept.append(line)
+    return "\n".join(kept)
+
+
+def _code(text: str) -> str | None:
+    beginning = _BEGINNING.search(text)
+    return None if beginning is None else text[beginning.start() :]

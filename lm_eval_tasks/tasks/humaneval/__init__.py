@@ -1,0 +1,1 @@
+"""HumanEval: Python functions with unit tests."""

@@ -1,0 +1,1 @@
+"""MBPP: short Python programs with unit tests."""

@@ -1,0 +1,1 @@
+"""Thirty small Python functions with unit tests, shipped with the package."""
