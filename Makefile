@@ -1,5 +1,6 @@
 # Two commands: `make demo` and `make test`. Each sets up .venv first; the second call starts at once.
-# `make tiny` trains the models in thinkfast/ again, `make tiny-study` measures what their recipes pay.
+# `make tiny` trains the models in thinkfast/ again, `make tiny-study` measures what their recipes pay,
+# `make paper` compares them under a time budget.
 #
 # PYTHON    interpreter for .venv (3.10 or newer; the resolved package list is for 3.11)
 # PIP_ARGS  options for pip. Where pip does not find the CPU build of torch by itself:
@@ -17,7 +18,7 @@ PACKAGES := vllm_thinkfast lm_eval_tasks thinkfast_distill
 SOURCES := vllm_thinkfast lm_eval_tasks distill tests scripts demo integrations
 BIN := .venv/bin
 
-.PHONY: install demo test check format lock clean tiny tiny-study
+.PHONY: install demo test check format lock clean tiny tiny-study paper
 
 install:
 	@$(PYTHON) scripts/install.py
@@ -40,6 +41,9 @@ tiny: install
 
 tiny-study: install
 	$(BIN)/python -m scripts.tiny_study
+
+paper: install
+	$(BIN)/python -m scripts.paper
 
 format: install
 	$(BIN)/ruff format $(SOURCES)

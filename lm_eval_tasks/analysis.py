@@ -80,7 +80,7 @@ class Run:
     config: dict[str, Any]
     sessions: list[dict[str, Any]]
     samples: dict[str, list[ScoredSample]]
-    """By problem; ``cost_s`` is that of `lm_eval_tasks.costs`."""
+    """By problem."""
     occupancy: Occupancy
     facts: dict[str, Any]
     throughput: list[dict[str, Any]]
@@ -105,19 +105,15 @@ def load_run(folder: Path, settings: Settings) -> Run:
             f"--reward {settings.reward}: {folder} has no such scores (there: {known}); make them "
             f"with thinkfast-eval reward {folder} --reward SPEC"
         )
-    scored = load_scored(folder, settings.reward, settings.aggregation)
-    empty = [name for name, samples in scored.items() if not samples]
+    samples = load_scored(folder, settings.reward, settings.aggregation)
+    empty = [name for name, drawn in samples.items() if not drawn]
     if empty:
         stop(
-            f"{folder}: {len(empty)} of {len(scored)} problems have no sample yet ({empty[0]}, "
+            f"{folder}: {len(empty)} of {len(samples)} problems have no sample yet ({empty[0]}, "
             "...); finish it with the thinkfast-eval sample command in its config.json"
         )
     records = list(store.records())
-    costs, occupancy = overlap_costs(records)
-    samples = {
-        name: [replace(one, cost_s=costs[name, one.sample_index]) for one in drawn]
-        for name, drawn in scored.items()
-    }
+    _, occupancy = overlap_costs(records)
     sessions = store.sessions()
     flat = [one for drawn in samples.values() for one in drawn]
     prompt_tokens = sum(record.num_prompt_tokens for record in records)
@@ -164,12 +160,12 @@ def analyse(runs: Sequence[Run], settings: Settings) -> list[dict[str, Any]]:
     """Return the groups of a report, in the order in which their first runs are given.
 
     Raises:
-        InputError: two runs have one name, or runs of a group share no problem.
+        InputError: two runs of a group have one name, or runs of a group share no problem.
     """
-    names = [run.name for run in runs]
-    for name in names:
-        if names.count(name) > 1:
-            stop(f"two runs are named {name}; give one another name in its config.json")
+    named = [(*run.group, run.name) for run in runs]
+    for key in named:
+        if named.count(key) > 1:
+            stop(f"two runs are named {key[-1]}; give one another name in its config.json")
     groups: dict[tuple[str, str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault(run.group, []).append(run)

@@ -8,6 +8,8 @@ finished is not done twice.
 
 saturated: the samples of each problem are divided among the rounds.
 latency: the problems are divided among the rounds, because the samples of a problem run together.
+
+Speeds against batch size are measured by the engine that has just drawn the samples of a round.
 """
 
 import json
@@ -15,14 +17,14 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lm_eval_tasks.errors import InputError, stop
 from lm_eval_tasks.jsonl import read_object, write_atomically
-from lm_eval_tasks.throughput import read_throughput
 
 PLAN = "compare.json"
 
@@ -45,9 +47,8 @@ class Plan:
     models: list[Model]
     task: str
     num_samples: int
-    num_problems: int
-    """How many of the task's problems; the rounds of the latency regime divide them."""
-    regime: str
+    num_problems: Mapping[str, int]
+    """Of each regime that is measured, how many of the task's problems."""
     rounds: int
     sampling: list[str]
     """Options of ``thinkfast-eval sample`` that all models share."""
@@ -58,51 +59,50 @@ class Plan:
     speed_tokens: tuple[int, int]
     folder: Path
 
-    def run_folder(self, model: Model) -> Path:
+    def run_folder(self, model: Model, regime: str) -> Path:
         """Return where a model's samples go."""
-        return self.folder / "runs" / model.name
+        return self.folder / "runs" / regime / model.name
+
+    def run_folders(self) -> list[Path]:
+        """Return all run folders, regime by regime, the baseline of each first."""
+        return [self.run_folder(m, regime) for regime in self.num_problems for m in self.models]
 
     def steps(self) -> list["Step"]:
         """Return all steps in their order."""
         found: list[Step] = []
         for number in range(self.rounds):
             order = self.models if number % 2 == 0 else self.models[::-1]
-            found += [self._sample(model, number) for model in order]
-            if self.batch_sizes:
-                found += [self._measure(model, number) for model in order]
-        runs = [str(self.run_folder(model)) for model in self.models]
-        found.append(Step("score", _cli("score", *runs)))
+            for regime in self.num_problems:
+                found += [self._sample(model, regime, number) for model in order]
+        runs = list(map(str, self.run_folders()))
+        found.append(Step("grading the answers", _cli("score", *runs)))
         for spec in self.rewards:
-            found.append(Step("reward", _cli("reward", *runs, "--reward", spec)))
+            command = _cli("reward", *runs, "--reward", spec)
+            found.append(Step(f"reward model {spec.partition(',')[0]}", command))
         return found
 
-    def _sample(self, model: Model, number: int) -> "Step":
-        samples, problems = self.num_samples, self.num_problems
-        if self.regime == "latency":
-            problems = share(self.num_problems, number, self.rounds)
+    def _sample(self, model: Model, regime: str, number: int) -> "Step":
+        samples, problems = self.num_samples, self.num_problems[regime]
+        if regime == "latency":
+            problems = share(problems, number, self.rounds)
         else:
-            samples = share(self.num_samples, number, self.rounds)
+            samples = share(samples, number, self.rounds)
         arguments = ["--model", model.path, "--name", model.name, "--task", self.task]
-        arguments += ["--out", str(self.run_folder(model)), "--regime", self.regime]
+        arguments += ["--out", str(self.run_folder(model, regime)), "--regime", regime]
         arguments += ["--num-samples", str(samples), "--limit", str(problems), *self.sampling]
         if model.tokenizer:
             arguments += ["--tokenizer", model.tokenizer]
+        title = f"round {number + 1} of {self.rounds}, {regime}: {model.name}"
+        # Speeds need no regime; they are measured once per round.
+        if self.batch_sizes and regime == next(iter(self.num_problems)):
+            arguments += ["--batch-sizes", *map(str, self.batch_sizes)]
+            arguments += ["--speed-tokens", *map(str, self.speed_tokens)]
+            arguments += ["--speed-round", str(number)]
+            title += " and its speeds"
         engine = self.engine_args | model.engine_args
         if engine:
             arguments += ["--engine-args", *(f"{key}={value}" for key, value in engine.items())]
-        title = f"round {number + 1} of {self.rounds}: sampling {model.name}"
         return Step(title, _cli("sample", *arguments))
-
-    def _measure(self, model: Model, number: int) -> "Step":
-        folder = self.run_folder(model)
-        arguments = [str(folder), "--round", str(number)]
-        arguments += ["--batch-sizes", *map(str, self.batch_sizes)]
-        arguments += ["--tokens", *map(str, self.speed_tokens)]
-        if model.tokenizer:
-            arguments += ["--tokenizer", model.tokenizer]
-        command = [sys.executable, "-m", "lm_eval_tasks.throughput", *arguments]
-        title = f"round {number + 1} of {self.rounds}: speed of {model.name}"
-        return Step(title, command, _Measured(folder, number, tuple(self.batch_sizes)))
 
     def as_dict(self) -> dict[str, Any]:
         """Return what must not change between starts of the same comparison."""
@@ -110,10 +110,9 @@ class Plan:
         return {
             "models": models,
             "task": self.task,
-            "regime": self.regime,
             "rounds": self.rounds,
             "num_samples": self.num_samples,
-            "num_problems": self.num_problems,
+            "num_problems": dict(self.num_problems),
             "sampling": self.sampling,
             "engine_args": self.engine_args,
             "batch_sizes": self.batch_sizes,
@@ -122,31 +121,11 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """Whether a speed measurement is there already, to spare the engine's start."""
-
-    folder: Path
-    number: int
-    batch_sizes: tuple[int, ...]
-
-    def is_done(self) -> bool:
-        rows = read_throughput(self.folder)
-        return {(self.number, b) for b in self.batch_sizes} <= {
-            (row["round"], row["batch_size"]) for row in rows
-        }
-
-
-@dataclass(frozen=True)
 class Step:
-    """One command."""
+    """One command; it finds out by itself what of it is done already."""
 
     title: str
     command: list[str]
-    measured: _Measured | None = None
-
-    def is_done(self) -> bool:
-        """Return whether it need not be started; the other commands see to it themselves."""
-        return self.measured is not None and self.measured.is_done()
 
     @property
     def line(self) -> str:
@@ -190,17 +169,17 @@ def parse_model(text: str) -> Model:
 
 
 def run_plan(plan: Plan) -> None:
-    """Carry out the steps that are not done.
+    """Carry out the steps; those that are done find nothing to do.
 
     Raises:
         InputError: a step failed; its own message says why, and everything finished is kept.
     """
     _check_folder(plan)
     steps = plan.steps()
+    started = time.monotonic()
     for number, step in enumerate(steps, start=1):
-        if step.is_done():
-            continue
-        sys.stderr.write(f"[{number}/{len(steps)}] {step.title}\n")
+        minutes, seconds = divmod(round(time.monotonic() - started), 60)
+        sys.stderr.write(f"[{number}/{len(steps)}] {minutes}:{seconds:02} {step.title}\n")
         sys.stderr.flush()
         code = _run(step.command)
         if code == 130:

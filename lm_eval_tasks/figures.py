@@ -60,6 +60,11 @@ class Figure:
     """What the bands are, and what else must be known to read it."""
 
     @property
+    def band_opacity(self) -> float:
+        """Of the bands; where many lie over each other the lines must still be seen."""
+        return 0.15 if len(self.series) <= 3 else 0.08
+
+    @property
     def is_empty(self) -> bool:
         """Whether there is nothing to draw."""
         return not any(line.x for line in self.series)
@@ -88,7 +93,7 @@ def figures_of(group: dict[str, Any], level: float) -> list[Figure]:
         ),
         Figure(
             "accuracy-vs-k",
-            "Accuracy against samples" + (": majority and weighted Best-of-N" * ("bon" in methods)),
+            f"Majority{' and weighted Best-of-N' if 'bon' in methods else ''} against samples",
             "samples per problem, k",
             "accuracy [%]",
             _over_k(group, [method for method in votes if method != "bon"]),
@@ -105,7 +110,7 @@ def figures_of(group: dict[str, Any], level: float) -> list[Figure]:
                 f"{slug}-vs-seconds",
                 f"{label[0].upper()}{label[1:]} against time",
                 _with_reward(unit, group, method),
-                f"{label} within the time [%]",
+                _share_label(method),
                 _over_cost(group, method, "seconds"),
                 note=timed,
             )
@@ -118,13 +123,17 @@ def figures_of(group: dict[str, Any], level: float) -> list[Figure]:
                 f"{slug}-vs-tokens",
                 f"{label[0].upper()}{label[1:]} against generated tokens",
                 "generated tokens per problem",
-                f"{label} within the tokens [%]",
+                _share_label(method),
                 _over_cost(group, method, "tokens"),
                 note=over_k,
             )
         )
     found += [_throughput(group), _composed(group)]
     return [figure for figure in found if not figure.is_empty]
+
+
+def _share_label(method: str) -> str:
+    return "coverage [%]" if method == "coverage" else f"accuracy of {METHOD_LABELS[method]} [%]"
 
 
 def _unit(group: dict[str, Any]) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 from lm_eval_tasks.figures import COLOURS, DASHES, Figure, spread
 from lm_eval_tasks.tables import Table
 
-WIDTH, HEIGHT = 620, 380
-LEFT, RIGHT, TOP, BOTTOM = 62, 150, 12, 48
+WIDTH, HEIGHT = 660, 380
+LEFT, RIGHT, TOP, BOTTOM = 62, 190, 12, 48
 
 
 def page(title: str, sections: Sequence[str], figures: Sequence[Figure]) -> str:
@@ -116,7 +116,7 @@ class Axes:
         if self.figure.x_base == 2:
             return sorted({x for line in self.figure.series for x in line.x})
         low, high = (math.exp(end) for end in self.x_range)
-        parts = (1, 2, 5) if high / low < 100 else (1,)
+        parts = (1, 2, 5) if high / low < 200 else (1,)
         exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         ticks = [part * 10.0**exponent for exponent in exponents for part in parts]
         return [tick for tick in ticks if low <= tick <= high]
@@ -187,7 +187,8 @@ def _line(axes: Axes, line: Any) -> str:
         ]
         lower = [(axes.x(x), axes.y(axes.scale * y)) for x, y in zip(line.x, line.low, strict=True)]
         outline = " ".join(f"{x},{y}" for x, y in [*upper, *reversed(lower)])
-        parts.append(f'<polygon points="{outline}" fill="{colour}" fill-opacity="0.15"/>')
+        opacity = axes.figure.band_opacity
+        parts.append(f'<polygon points="{outline}" fill="{colour}" fill-opacity="{opacity}"/>')
     path = " ".join(f"{x},{y}" for x, y in points)
     dash = " ".join(f"{1.5 * part:g}" for part in DASHES[line.dash])
     style = f' stroke-dasharray="{dash}"' if dash else ""
@@ -204,7 +205,7 @@ def _labels(axes: Axes) -> list[str]:
     places = spread(ends, 14.0, TOP + 6.0, HEIGHT - BOTTOM - 2.0)
     parts = []
     for line, at in zip(drawn, places, strict=True):
-        name = line.name if len(line.name) <= 24 else line.name[:23] + "\N{HORIZONTAL ELLIPSIS}"
+        name = line.name if len(line.name) <= 28 else line.name[:27] + "\N{HORIZONTAL ELLIPSIS}"
         parts.append(
             f'<text class=name x="{WIDTH - RIGHT + 6}" y="{at + 4:.1f}" '
             f'style="fill: {COLOURS[line.colour]}">{escape(name)}'

@@ -22,6 +22,8 @@ _STYLE: dict[Any, Any] = {
 }
 _PANEL_INCHES = (4.8, 3.3)
 _NOTE_CHARACTERS = 72
+#: A longer label of the x axis takes two lines; it would stand out of the narrow axes.
+_LABEL_CHARACTERS = 40
 #: More lines than this do not fit beside the axes; they get a legend below.
 _MOST_DIRECT_LABELS = 6
 
@@ -83,7 +85,9 @@ def _draw(axes: Any, figure: Figure) -> None:
         colour = COLOURS[line.colour]
         if line.low is not None and line.high is not None:
             low, high = ([scale * value for value in end] for end in (line.low, line.high))
-            axes.fill_between(line.x, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(
+                line.x, low, high, color=colour, alpha=figure.band_opacity, linewidth=0
+            )
         axes.plot(
             line.x,
             [scale * value for value in line.y],
@@ -97,7 +101,7 @@ def _draw(axes: Any, figure: Figure) -> None:
         )
     axes.set_xscale("log", base=figure.x_base)
     _set_ticks(axes, figure)
-    axes.set_xlabel(figure.x_label)
+    axes.set_xlabel(textwrap.fill(figure.x_label, _LABEL_CHARACTERS))
     axes.set_ylabel(figure.y_label)
     _set_height(axes, figure, scale)
     axes.grid(axis="y", color="0.9", linewidth=0.6)
@@ -125,7 +129,7 @@ def _set_ticks(axes: Any, figure: Figure) -> None:
         return
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     low, high = axes.get_xlim()
-    if high / low < 30:
+    if high / low < 200:
         axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_minor_formatter(NullFormatter())
 

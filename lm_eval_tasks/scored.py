@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lm_eval_tasks.costs import overlap_costs
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.rewards.aggregation import AGGREGATIONS
 from lm_eval_tasks.rewards.scores import ScoreRecord, read_scores
@@ -26,7 +27,7 @@ class ScoredSample:
     the run, the sessions of a resumed run one after another without their start-ups. Regime
     "latency": the problem's clock, from its first submission."""
     cost_s: float
-    """Its share of the server's time in seconds; see `attributed_costs`."""
+    """Its share of the server's time in seconds; see `lm_eval_tasks.costs`."""
     answer_class: int | None
     """Answers of a problem that count as equal share a number; None: no answer, no vote."""
     correct: bool
@@ -85,7 +86,7 @@ def load_scored(
             )
     classes = {name: row.class_of() for name, row in read_classes(folder, version).items()}
     finished = finish_times(samples, config["regime"])
-    costs = attributed_costs(samples, config["regime"])
+    costs, _ = overlap_costs(samples)
     found: dict[str, list[ScoredSample]] = {}
     for name, drawn in records.items():
         found[name] = []
@@ -135,23 +136,3 @@ def finish_times(samples: Iterable[SampleRecord], regime: str) -> dict[tuple[str
                 times[record.key] = start + record.finish_s - first
             start += max(record.finish_s for record in drawn) - first
     return times
-
-
-def attributed_costs(samples: Iterable[SampleRecord], regime: str) -> dict[tuple[str, int], float]:
-    """Return each sample's share of the server's time, in seconds.
-
-    The wall time of a session (saturated), or of a problem in a session (latency), from the first
-    submission to the last finish, is shared in proportion to the generated tokens. Prefill is
-    inside that time and so is shared too. The costs of a session add up to its wall time.
-    """
-    groups: dict[tuple[str, int], list[SampleRecord]] = defaultdict(list)
-    for record in samples:
-        groups[record.problem_id if regime == "latency" else "", record.session].append(record)
-    costs: dict[tuple[str, int], float] = {}
-    for drawn in groups.values():
-        span = max(r.finish_s for r in drawn) - min(r.submit_s for r in drawn)
-        tokens = sum(record.num_tokens for record in drawn)
-        for record in drawn:
-            share = record.num_tokens / tokens if tokens else 1 / len(drawn)
-            costs[record.key] = span * share
-    return costs

@@ -2,13 +2,10 @@
 
 A batch of b sequences with prompts of one length generates a fixed number of tokens each, whatever
 it says, and nothing else runs. The prefix cache is emptied first, so the prefill is paid. The
-engine starts once per call and is warmed up at every batch size; that is not timed.
-``thinkfast-eval compare`` starts this as a process of its own for each model and round:
-``python -m lm_eval_tasks.throughput``.
+engine is the one that drew the samples before (``thinkfast-eval sample --batch-sizes``) and is
+warmed up at every batch size; that is not timed.
 """
 
-import argparse
-import os
 import random
 import sys
 import time
@@ -17,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from lm_eval_tasks.errors import InputError, stop
+from lm_eval_tasks.errors import stop
 from lm_eval_tasks.jsonl import JsonLines
 
 THROUGHPUT = "throughput.jsonl"
@@ -116,25 +113,25 @@ def time_batch(backend: Any, prompts: Sequence[Sequence[int]], num_tokens: int) 
     }
 
 
-def measure(
-    backend: Any,
-    folder: Path,
-    *,
-    config_hash: str,
-    round_number: int,
-    batch_sizes: Sequence[int],
-    num_prompt_tokens: int,
-    num_tokens: int,
+def missing_batch_sizes(folder: Path, batch_sizes: Sequence[int], round_number: int) -> list[int]:
+    """Return the batch sizes that a round lacks, each once, in ascending order.
+
+    Raises:
+        InputError: see `read_throughput`.
+    """
+    done = {row["batch_size"] for row in read_throughput(folder) if row["round"] == round_number}
+    return sorted(set(batch_sizes) - done)
+
+
+def check_fits(
+    backend: Any, batch_sizes: Sequence[int], num_prompt_tokens: int, num_tokens: int
 ) -> None:
-    """Measure the batch sizes that a round lacks and store each as it is done.
+    """Refuse a measurement that the engine cannot run as asked, before anything is drawn.
 
     Args:
         backend: a `lm_eval_tasks.sampling.vllm_backend.VllmBackend`.
-        folder: the run folder.
-        config_hash: of the run, to tell which settings the speeds belong to.
-        round_number: of the comparison.
         batch_sizes: sequences at a time.
-        num_prompt_tokens: of every prompt; they are random, so that no two share a prefix.
+        num_prompt_tokens: of every prompt.
         num_tokens: generated for each.
 
     Raises:
@@ -151,12 +148,35 @@ def measure(
             f"--batch-sizes {max(batch_sizes)}: the engine runs at most {backend.max_num_seqs} "
             "sequences at once; give fewer, or a larger max_num_seqs"
         )
+
+
+def measure(
+    backend: Any,
+    folder: Path,
+    *,
+    config_hash: str,
+    round_number: int,
+    batch_sizes: Sequence[int],
+    num_prompt_tokens: int,
+    num_tokens: int,
+) -> None:
+    """Measure some batch sizes of a round and store each as it is done.
+
+    Args:
+        backend: a `lm_eval_tasks.sampling.vllm_backend.VllmBackend`.
+        folder: the run folder.
+        config_hash: of the run, to tell which settings the speeds belong to.
+        round_number: of the comparison.
+        batch_sizes: sequences at a time: those of `missing_batch_sizes`.
+        num_prompt_tokens: of every prompt; they are random, so that no two share a prefix.
+        num_tokens: generated for each.
+
+    Raises:
+        InputError: the disk is full; what was measured before is kept.
+    """
     vocabulary = backend.engine.model_config.get_vocab_size()
-    done = {(row["round"], row["batch_size"]) for row in read_throughput(folder)}
     with JsonLines(folder / THROUGHPUT) as lines:
         for batch_size in batch_sizes:
-            if (round_number, batch_size) in done:
-                continue
             generator = random.Random(f"{round_number}/{batch_size}")
             prompts = [
                 [generator.randrange(vocabulary) for _ in range(num_prompt_tokens)]
@@ -180,47 +200,3 @@ def measure(
                 f"{folder.name}: {batch_size} sequences at once, "
                 f"{timed['tokens_per_s']:.0f} tokens/s\n"
             )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure one model in one round; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m lm_eval_tasks.throughput")
-    parser.add_argument("folder", type=Path, help="run folder; its config.json names the engine")
-    parser.add_argument("--round", type=int, required=True)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", required=True)
-    parser.add_argument("--tokens", type=int, nargs=2, required=True, metavar=("PROMPT", "NEW"))
-    parser.add_argument("--tokenizer")
-    options = parser.parse_args(arguments)
-    # As thinkfast-eval sample does: only what a reader must know, and what the user chose stays.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    try:
-        from lm_eval_tasks.samples import SampleStore
-        from lm_eval_tasks.sampling.vllm_backend import start_vllm
-
-        config = SampleStore(options.folder).config()
-        engine = dict(config["engine"])
-        for name in ("backend", "max_in_flight", "tokenizer"):
-            engine.pop(name, None)  # not vLLM's, or a hash of it
-        if options.tokenizer:
-            engine["tokenizer"] = options.tokenizer
-        backend = start_vllm(config["model"], engine)
-        try:
-            measure(
-                backend,
-                options.folder,
-                config_hash=config["config_hash"],
-                round_number=options.round,
-                batch_sizes=options.batch_sizes,
-                num_prompt_tokens=options.tokens[0],
-                num_tokens=options.tokens[1],
-            )
-        finally:
-            backend.close()
-    except InputError:
-        return 2  # the message is out already
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

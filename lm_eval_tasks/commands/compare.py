@@ -2,9 +2,11 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from lm_eval_tasks.commands.report import add_analysis_arguments, settings_of
+from lm_eval_tasks.commands.sample import add_speed_arguments
 from lm_eval_tasks.compare import Model, Plan, parse_model, run_plan
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.report import build_results, write_report
@@ -26,7 +28,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", required=True, help="as in thinkfast-eval sample")
     parser.add_argument("--num-samples", type=int, default=64, metavar="N", help="(%(default)s)")
     parser.add_argument("--limit", type=int, help="only the first problems (all)")
-    parser.add_argument("--regime", choices=REGIMES, default=REGIMES[0], help="(%(default)s)")
+    parser.add_argument(
+        "--regime",
+        choices=REGIMES,
+        nargs="+",
+        default=[REGIMES[0]],
+        help="how time is spent: all problems at once, or one after the other; one or both "
+        f"({REGIMES[0]})",
+    )
+    parser.add_argument(
+        "--latency-limit",
+        type=int,
+        metavar="P",
+        help="only the first problems in the regime latency (as --limit)",
+    )
     parser.add_argument(
         "--rounds",
         type=int,
@@ -46,18 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--chat-template", choices=("auto", "off"))
     how.add_argument("--engine-args", nargs="+", default=[], metavar="KEY=VALUE")
 
-    speed = parser.add_argument_group("generation speed against batch size")
-    speed.add_argument(
-        "--batch-sizes", type=int, nargs="+", default=[], metavar="B", help="(not measured)"
-    )
-    speed.add_argument(
-        "--speed-tokens",
-        type=int,
-        nargs=2,
-        default=[512, 512],
-        metavar=("PROMPT", "NEW"),
-        help="tokens of every sequence (%(default)s)",
-    )
+    add_speed_arguments(parser)
 
     parser.add_argument(
         "--reward-model",
@@ -78,29 +82,33 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         InputError: an option, a step or a folder; what was finished is kept.
     """
-    if options.reward_model and options.reward is None:
-        from lm_eval_tasks.rewards.spec import parse_spec
-
-        options.reward = parse_spec(options.reward_model[0]).name
+    rewards = _reward_names(options.reward_model)
+    if rewards and options.reward is None:
+        options.reward = rewards[0]
     settings = settings_of(options)
     plan = _plan(options)
     if options.dry_run:
         sys.stdout.writelines(f"{step.line}\n" for step in plan.steps())
         return 0
     run_plan(plan)
-    folders = [plan.run_folder(model) for model in plan.models]
-    what = "samples" if plan.regime == REGIMES[0] else "problems"
-    note = (
-        f"The models took turns in {plan.rounds} rounds on one machine, each round with its part "
-        f"of the {what}, in alternating order; one engine at a time, started anew in every round, "
-        "start-up and warm-up outside of all times."
-    )
-    results = build_results(folders, settings, options.command_line, [note])
+    sys.stderr.write("computing tables and figures\n")
+    results = build_results(plan.run_folders(), settings, options.command_line, [_note(plan)])
     results["steps"] = [step.line for step in plan.steps()]
     write_report(results, plan.folder / "report", options.title, with_png=not options.no_png)
     sys.stdout.write(f"{plan.folder / 'report' / 'report.md'}\n")
     sys.stdout.write(f"{plan.folder / 'report' / 'report.html'}\n")
     return 0
+
+
+def _reward_names(specs: Sequence[str]) -> list[str]:
+    """Return the names of the reward models; hours later would be late for a misspelt one."""
+    from lm_eval_tasks.rewards.spec import parse_spec
+
+    names = [parse_spec(text).name for text in specs]
+    for name in names:
+        if names.count(name) > 1:
+            stop(f"--reward-model: two are named {name}; tell them apart with name=")
+    return names
 
 
 def _plan(options: argparse.Namespace) -> Plan:
@@ -116,6 +124,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         ("--num-samples", options.num_samples),
         ("--rounds", options.rounds),
         ("--limit", options.limit),
+        ("--latency-limit", options.latency_limit),
         *(("--batch-sizes", size) for size in options.batch_sizes),
         *(("--speed-tokens", count) for count in options.speed_tokens),
     ):
@@ -128,10 +137,11 @@ def _plan(options: argparse.Namespace) -> Plan:
             stop(f"--engine-args {pair}: need KEY=VALUE")
         engine_args[key] = value
     num_problems = _num_problems(options, models[0])
-    divided = num_problems if options.regime == "latency" else options.num_samples
-    if options.rounds > divided:
-        what = "problems" if options.regime == "latency" else "samples"
-        stop(f"--rounds {options.rounds}: more than the {divided} {what} to divide")
+    if options.rounds > options.num_samples and "saturated" in num_problems:
+        stop(f"--rounds {options.rounds}: more than the {options.num_samples} samples to divide")
+    if options.rounds > num_problems.get("latency", options.rounds):
+        count = num_problems["latency"]
+        stop(f"--rounds {options.rounds}: more than the {count} problems to divide")
     sampling: list[str] = []
     for name in _PASSED_ON:
         value = getattr(options, name)
@@ -142,7 +152,6 @@ def _plan(options: argparse.Namespace) -> Plan:
         task=options.task,
         num_samples=options.num_samples,
         num_problems=num_problems,
-        regime=options.regime,
         rounds=options.rounds,
         sampling=sampling,
         engine_args=engine_args,
@@ -153,10 +162,16 @@ def _plan(options: argparse.Namespace) -> Plan:
     )
 
 
-def _num_problems(options: argparse.Namespace, model: Model) -> int:
-    """Return how many problems are compared; reads the task where --limit does not say it."""
-    if options.limit is not None:
-        return int(options.limit)
+def _num_problems(options: argparse.Namespace, model: Model) -> dict[str, int]:
+    """Return how many problems each regime gets; reads the task where no option says it."""
+    regimes = [regime for regime in REGIMES if regime in options.regime]
+    if options.latency_limit is not None and "latency" not in regimes:
+        stop("--latency-limit belongs to the regime latency; add --regime latency")
+    limits = dict.fromkeys(regimes, options.limit)
+    if options.latency_limit is not None:
+        limits["latency"] = options.latency_limit
+    if None not in limits.values():
+        return limits
     from lm_eval_tasks.sampling.problems import load_problems
 
     arguments = {"pretrained": model.path, "chat_template_args": {}}
@@ -168,4 +183,16 @@ def _num_problems(options: argparse.Namespace, model: Model) -> int:
         data_file=options.data_file,
         chat_template=options.chat_template or "auto",
     )
-    return len(task.problems)
+    count = len(task.problems)
+    return {name: count if limit is None else limit for name, limit in limits.items()}
+
+
+def _note(plan: Plan) -> str:
+    """Return what a reader must know of how the runs were made."""
+    parts = {"saturated": "samples of each problem", "latency": "problems"}
+    divided = ", ".join(f"{regime}: of the {parts[regime]}" for regime in plan.num_problems)
+    return (
+        f"The models took turns on one machine; rounds: {plan.rounds}, each with its part "
+        f"({divided}), in alternating order; one engine at a time, started anew for every part, "
+        "start-up and warm-up outside of all times."
+    )

@@ -1,7 +1,8 @@
 """``thinkfast-eval sample``: draw N samples per problem into a run folder, and go on after a kill.
 
-Everything is checked that can be checked before the engine starts: options, data, prompts, and
-whether the folder holds samples of other settings.
+With ``--batch-sizes`` the same engine then measures its generation speed. Everything is checked
+that can be checked before the engine starts: options, data, prompts, and whether the folder holds
+samples of other settings.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from lm_eval_tasks.sampling.backend import Backend, SamplingSettings
 from lm_eval_tasks.sampling.openai_backend import APIS
 from lm_eval_tasks.sampling.problems import TaskProblems, load_problems, task_names
 from lm_eval_tasks.sampling.runner import REGIMES, draw_session
+from lm_eval_tasks.throughput import check_fits, measure, missing_batch_sizes
 
 DEFAULT_NUM_SAMPLES = 64
 
@@ -59,6 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="variables of the template, for example date_string=2024-07-26",
+    )
+
+    speed = add_speed_arguments(parser)
+    speed.add_argument(
+        "--speed-round",
+        type=int,
+        default=0,
+        help="number of the measurement; what was measured under it is not repeated (%(default)s)",
     )
 
     engine = parser.add_argument_group("vLLM in this process")
@@ -102,6 +112,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the session's facts as JSON")
 
 
+def add_speed_arguments(parser: argparse.ArgumentParser) -> Any:
+    """Declare what is measured besides the samples; return the group of options."""
+    speed = parser.add_argument_group("generation speed against batch size")
+    speed.add_argument(
+        "--batch-sizes", type=int, nargs="+", default=[], metavar="B", help="(not measured)"
+    )
+    speed.add_argument(
+        "--speed-tokens",
+        type=int,
+        nargs=2,
+        default=[512, 512],
+        metavar=("PROMPT", "NEW"),
+        help="tokens of every sequence (%(default)s)",
+    )
+    return speed
+
+
 def run(options: argparse.Namespace) -> int:
     """Run the command; return the exit code.
 
@@ -137,31 +164,46 @@ def run(options: argparse.Namespace) -> int:
         )
         total = len(problems) * options.num_samples
         _say(f"{folder}: {total - missing} of {total} samples are there")
-        if not missing:
+        sizes = missing_batch_sizes(folder, options.batch_sizes, options.speed_round)
+        if not missing and not sizes:
             if options.json:
                 _print_json({"folder": str(folder), "drawn": 0})
             return 0
         _warn_of_changes(store, config)
         backend = _start(options, engine_args)
+        facts: dict[str, Any] = {"drawn": 0}
         try:
             startup_s = time.monotonic() - started
-            facts = draw_session(
-                store,
-                backend,
-                problems,
-                settings,
-                num_samples=options.num_samples,
-                regime=options.regime,
-                session_facts={"startup_s": startup_s}
-                | {name: config[name] for name in ("command", "versions", "hardware", "git_commit")}
-                | {"started": _now(), "limit": options.limit},
-                stream=sys.stderr,
-            )
+            if sizes:
+                check_fits(backend, sizes, *options.speed_tokens)
+            if missing:
+                facts = draw_session(
+                    store,
+                    backend,
+                    problems,
+                    settings,
+                    num_samples=options.num_samples,
+                    regime=options.regime,
+                    session_facts={"startup_s": startup_s}
+                    | {n: config[n] for n in ("command", "versions", "hardware", "git_commit")}
+                    | {"started": _now(), "limit": options.limit},
+                    stream=sys.stderr,
+                )
+            if sizes:
+                measure(
+                    backend,
+                    folder,
+                    config_hash=store.config_hash,
+                    round_number=options.speed_round,
+                    batch_sizes=sizes,
+                    num_prompt_tokens=options.speed_tokens[0],
+                    num_tokens=options.speed_tokens[1],
+                )
         finally:
             backend.close()
     if options.json:
         _print_json({"folder": str(folder)} | facts)
-    else:
+    elif missing:
         rate = facts["tokens"] / facts["wall_s"]
         sys.stdout.write(
             f"{folder}: {total} samples of {len(problems)} problems; this session drew "
@@ -182,6 +224,9 @@ def _check(options: argparse.Namespace) -> None:
         ("--max-in-flight", options.max_in_flight, 1),
         ("--max-retries", options.max_retries, 0),
         ("--seed", options.seed, 0),
+        ("--speed-round", options.speed_round, 0),
+        *(("--batch-sizes", size, 1) for size in options.batch_sizes),
+        *(("--speed-tokens", count, 1) for count in options.speed_tokens),
     ):
         if value is not None and value < least:
             stop(f"{flag} {value}: need a whole number of at least {least}")
@@ -201,6 +246,8 @@ def _check(options: argparse.Namespace) -> None:
     if options.server:
         if not options.server.startswith(("http://", "https://")):
             stop(f"--server {options.server}: need a URL such as http://localhost:8000/v1")
+        if options.batch_sizes:
+            stop("--batch-sizes measures vLLM in this process; leave it out with --server")
         if options.engine_args:
             stop("--engine-args belong to vLLM in this process; give them to the server instead")
         if options.api == "chat" and options.tokenizer:

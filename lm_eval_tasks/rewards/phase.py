@@ -1,21 +1,21 @@
 """Score the samples of a run folder, batch by batch, and go on after a kill.
 
-A batch's lines are written as soon as the batch is done, so ``kill -9`` costs one batch. The scores
-of another model, protocol or step split under the same name are refused, not mixed.
+A batch's lines are written as soon as the batch is done, so ``kill -9`` costs one batch. Which
+samples make a batch depends on the run alone, neither on the order in which they finished nor on
+kills: a score's last digits depend on its batch, and so an interrupted run has the same scores. The
+scores of another model, protocol or step split under the same name are refused, not mixed.
 """
 
-import errno
-import fcntl
 import json
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.jsonl import JsonLines, read_object, write_atomically
+from lm_eval_tasks.locks import exclusive
 from lm_eval_tasks.rewards.reward import Reward
 from lm_eval_tasks.rewards.scores import ScoreRecord, read_scores, score_path
 from lm_eval_tasks.rewards.spec import RewardSpec
@@ -99,16 +99,20 @@ class ScorePhase:
             InputError: as for `counts`; or the model or the server gave up, or the disk is full:
                 every batch that was finished before is kept.
         """
-        with _exclusive(self.path.with_suffix(".lock")), JsonLines(self.path) as lines:
+        lock = self.path.with_suffix(".lock")
+        with exclusive(lock, self.path), JsonLines(self.path) as lines:
             counts, done = self._check()
             questions = {p.problem_id: p.question for p in self.store.problems()}
             warmup_s = _warm_up(reward)
             self._describe(reward, dict(session) | {"warmup_s": warmup_s, "done": len(done)})
             progress = Progress(counts.num_samples, counts.num_scored, stream)
             progress.start()
-            missing = (record for record in self.store.records() if record.key not in done)
-            for batch in _batches(missing, batch_size):
+            for batch in _batches(self._in_order(list(questions)), batch_size):
+                if all(record.key in done for record in batch):
+                    continue
                 for record, num_tokens in self._score(reward, batch, questions):
+                    if record.key in done:
+                        continue  # of a batch that a kill cut
                     lines.append(record.as_dict())
                     counts.add(record)
                     counts.num_new += 1
@@ -117,8 +121,14 @@ class ScorePhase:
             progress.end()
         return counts
 
+    def _in_order(self, problem_ids: Sequence[str]) -> list[SampleRecord]:
+        """Return the samples, first sample 0 of every problem: more samples come behind these."""
+        place = {name: number for number, name in enumerate(problem_ids)}
+        records = self.store.records()
+        return sorted(records, key=lambda one: (one.sample_index, place[one.problem_id]))
+
     def _score(
-        self, reward: Reward, batch: list[SampleRecord], questions: Mapping[str, str]
+        self, reward: Reward, batch: Sequence[SampleRecord], questions: Mapping[str, str]
     ) -> Iterator[tuple[ScoreRecord, int]]:
         started = time.perf_counter()
         found = reward.score_texts([(questions[one.problem_id], one.text) for one in batch])
@@ -198,30 +208,6 @@ def _warm_up(reward: Reward) -> float:
     return round(time.perf_counter() - started, 3)
 
 
-def _batches(records: Iterator[SampleRecord], size: int) -> Iterator[list[SampleRecord]]:
-    batch: list[SampleRecord] = []
-    for record in records:
-        batch.append(record)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-@contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """Keep a second writer of the same scores out; the lock ends with the process."""
-    try:
-        path.parent.mkdir(exist_ok=True)
-        opened = path.open("a", encoding="utf-8")
-    except OSError as error:
-        stop(f"{path}: cannot be written ({error.strerror})")
-    with opened:
-        try:
-            fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                stop(f"{path.with_suffix('.jsonl')}: another process is writing it; wait for it")
-            stop(f"{path}: cannot be locked ({error.strerror})")
-        yield
+def _batches(records: Sequence[SampleRecord], size: int) -> Iterator[Sequence[SampleRecord]]:
+    for start in range(0, len(records), size):
+        yield records[start : start + size]

@@ -1,7 +1,7 @@
 """The plan of a comparison and its resumption; the engines behind it have their own tests."""
 
 import argparse
-import json
+import re
 import subprocess
 import sys
 import time
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from synthetic_runs import make_run
 
-from lm_eval_tasks import compare, throughput
+from lm_eval_tasks import compare
 from lm_eval_tasks.cli import main
 from lm_eval_tasks.commands import reward as reward_command
 from lm_eval_tasks.commands import sample as sample_command
@@ -23,8 +23,7 @@ def plan(folder, **options):
         "models": [parse_model("a/teacher"), parse_model("b/student,max_num_seqs=4")],
         "task": "arith",
         "num_samples": 8,
-        "num_problems": 6,
-        "regime": "saturated",
+        "num_problems": {"saturated": 6},
         "rounds": 2,
         "sampling": ["--temperature", "0.7"],
         "engine_args": {"dtype": "float32", "max_num_seqs": "16"},
@@ -46,38 +45,40 @@ def parsed(step, module):
 def test_steps_take_turns(tmp_path):
     titles = [step.title for step in plan(tmp_path).steps()]
     assert titles == [
-        "round 1 of 2: sampling teacher",
-        "round 1 of 2: sampling student",
-        "round 1 of 2: speed of teacher",
-        "round 1 of 2: speed of student",
-        "round 2 of 2: sampling student",
-        "round 2 of 2: sampling teacher",
-        "round 2 of 2: speed of student",
-        "round 2 of 2: speed of teacher",
-        "score",
+        "round 1 of 2, saturated: teacher and its speeds",
+        "round 1 of 2, saturated: student and its speeds",
+        "round 2 of 2, saturated: student and its speeds",
+        "round 2 of 2, saturated: teacher and its speeds",
+        "grading the answers",
     ]
 
 
 def test_steps_are_commands_that_exist(tmp_path):
     steps = plan(tmp_path, rewards=["some/prm,protocol=qwen"]).steps()
-    first, second, last = (parsed(steps[i], sample_command) for i in (0, 1, 5))
+    first, second, last = (parsed(steps[i], sample_command) for i in (0, 1, 3))
     assert (first.model, first.name, first.task) == ("a/teacher", "teacher", "arith")
     assert (first.num_samples, first.limit, first.temperature) == (4, 6, 0.7)
     assert first.engine_args == ["dtype=float32", "max_num_seqs=16"]
     assert second.engine_args == ["dtype=float32", "max_num_seqs=4"]
-    assert first.out == last.out == tmp_path / "runs" / "teacher"
-    assert (last.num_samples, last.regime) == (8, "saturated")
+    assert (first.batch_sizes, first.speed_tokens, first.speed_round) == ([1, 4], [32, 16], 0)
+    assert first.out == last.out == tmp_path / "runs" / "saturated" / "teacher"
+    assert (last.num_samples, last.regime, last.speed_round) == (8, "saturated", 1)
     given = parsed(steps[-1], reward_command)
     assert given.reward == ["some/prm,protocol=qwen"]
     assert [path.name for path in given.runs] == ["teacher", "student"]
 
 
-def test_steps_of_the_latency_regime_divide_the_problems(tmp_path):
-    steps = plan(tmp_path, regime="latency", batch_sizes=[], rounds=3).steps()
+def test_steps_of_both_regimes(tmp_path):
+    """Latency divides the problems, saturated the samples; speeds are measured once per round."""
+    chosen = plan(tmp_path, num_problems={"saturated": 6, "latency": 3}, rounds=3)
+    steps = chosen.steps()
     drawn = [parsed(step, sample_command) for step in steps[:-1]]
-    assert [(one.num_samples, one.limit) for one in drawn] == [(8, 2)] * 2 + [(8, 4)] * 2 + [
-        (8, 6)
-    ] * 2
+    assert [one.regime for one in drawn] == (["saturated"] * 2 + ["latency"] * 2) * 3
+    parts = [(one.num_samples, one.limit) for one in drawn if one.name == "student"]
+    assert parts == [(2, 6), (8, 1), (5, 6), (8, 2), (8, 6), (8, 3)]
+    assert [one.batch_sizes for one in drawn[:4]] == [[1, 4], [1, 4], [], []]
+    assert len(set(chosen.run_folders())) == 4
+    assert steps[-1].command[-4:] == [str(folder) for folder in chosen.run_folders()]
 
 
 def test_share_is_everything_at_the_end():
@@ -109,48 +110,21 @@ class FakeCommands:
         return self.code if len(self.titles) == self.fail_at else 0
 
 
-def measured(folder, rounds, batch_sizes):
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {
-            "round": number,
-            "batch_size": batch,
-            "num_prompt_tokens": 32,
-            "num_tokens": 16,
-            "seconds": 1.0,
-            "prefill_s": 0.1,
-            "tokens_per_s": 16.0,
-            "decode_tokens_per_s": 18.0,
-            "num_preemptions": 0,
-            "config_hash": "x",
-            "started": "2026-01-01",
-        }
-        for number in rounds
-        for batch in batch_sizes
-    ]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / throughput.THROUGHPUT).write_text(text)
-
-
 def test_run_plan_resumes(tmp_path, monkeypatch, capsys):
     chosen = plan(tmp_path / "out")
     commands = FakeCommands(fail_at=4)
     monkeypatch.setattr(compare, "_run", commands)
-    with pytest.raises(InputError, match="step 4 of 9 failed"):
+    with pytest.raises(InputError, match="step 4 of 5 failed"):
         run_plan(chosen)
     error = capsys.readouterr().err
-    assert "[4/9] round 1 of 2: speed of student" in error
-    assert "exit code 2: python -m lm_eval_tasks.throughput" in error
+    assert re.search(r"\[4/5\] \d+:\d\d round 2 of 2, saturated: teacher and its speeds", error)
+    assert "exit code 2: python -m lm_eval_tasks.cli sample" in error
 
-    # Sampling is asked again (it resumes by itself); speeds that are there are not.
-    measured(chosen.folder / "runs" / "teacher", [0], [1, 4])
-    measured(chosen.folder / "runs" / "student", [0], [1])
+    # Every command is asked again; each knows what it has done.
     again = FakeCommands()
     monkeypatch.setattr(compare, "_run", again)
     run_plan(chosen)
-    assert [command[-1] for command in again.titles] == [
-        step.command[-1] for i, step in enumerate(chosen.steps()) if i != 2
-    ]
+    assert again.titles == [step.command for step in chosen.steps()]
 
 
 def test_run_plan_is_bound_to_its_folder(tmp_path, monkeypatch, capsys):
@@ -209,17 +183,21 @@ def test_compare_command_reports(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
 
     def steps(chosen):
-        for model in chosen.models:
-            make_run(chosen.run_folder(model), num_problems=4, num_samples=4)
+        for regime in chosen.num_problems:
+            for model in chosen.models:
+                folder = chosen.run_folder(model, regime)
+                make_run(folder, num_problems=4, num_samples=4, regime=regime)
 
     monkeypatch.setattr("lm_eval_tasks.commands.compare.run_plan", steps)
     command = ["compare", "--model", "x/a", "--model", "x/b", "--task", "arith", "--limit", "4"]
     command += ["--num-samples", "4", "--out", str(out), "--no-png", "--draws", "100"]
+    command += ["--regime", "latency", "saturated"]
     assert main(command) == 0
     text = (out / "report" / "report.md").read_text()
-    assert "took turns in 2 rounds on one machine" in text
+    assert "took turns on one machine; rounds: 2, each with its part" in text
     assert "python -m lm_eval_tasks.cli sample --model x/a --name a" in text
-    assert "Seconds until the accuracy of a" in text
+    assert text.count("### Seconds until the accuracy of a") == 2, "one for each regime"
+    assert "saturated: of the samples of each problem, latency: of the problems" in text
     assert capsys.readouterr().out.count("report.") == 2
 
 
@@ -227,7 +205,7 @@ def test_compare_command_dry_run(tmp_path, capsys):
     command = ["compare", "--model", "x/a", "--model", "x/b", "--task", "arith", "--limit", "4"]
     assert main([*command, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 5, "two rounds of two models, and grading"
     assert lines[0].startswith("python -m lm_eval_tasks.cli sample --model x/a --name a")
     assert not (tmp_path / "out").exists()
 
@@ -244,6 +222,16 @@ def test_compare_command_dry_run(tmp_path, capsys):
         (["--model", "a", "--model", "b", "--num-samples", "0"], "--num-samples 0"),
         (["--model", "a", "--model", "b", "--num-samples", "3", "--rounds", "4"], "--rounds 4"),
         (["--model", "a", "--model", "b", "--batch-sizes", "0"], "--batch-sizes 0"),
+        (["--model", "a", "--model", "b", "--latency-limit", "3"], "add --regime latency"),
+        (["--model", "a", "--model", "b", "--reward-model", "x"], "say how it is read with proto"),
+        (
+            ["--model", "a", "--model", "b", *["--reward-model", "x/prm-tiny"] * 2],
+            "two are named prm-tiny",
+        ),
+        (
+            ["--model", "a", "--model", "b", "--regime", "latency", "--rounds", "10"],
+            "more than the 9 problems to divide",
+        ),
         (["--model", "a", "--model", "b", "--engine-args", "dtype"], "--engine-args dtype"),
         (["--model", "a", "--model", "b", "--reward-time"], "--reward-time needs the scores"),
     ],

@@ -280,9 +280,10 @@ def test_our_own_mistakes_are_assertions(tmp_path: Path) -> None:
 
 HOLD = """
 import sys
-from lm_eval_tasks.samples import _lock
+from lm_eval_tasks.locks import acquire
 from pathlib import Path
-held = _lock(Path(sys.argv[1]))
+folder = Path(sys.argv[1])
+held = acquire(folder / ".lock", folder)
 print("held", flush=True)
 sys.stdin.read()
 """

@@ -7,7 +7,14 @@ import pytest
 
 from lm_eval_tasks import throughput
 from lm_eval_tasks.errors import InputError
-from lm_eval_tasks.throughput import THROUGHPUT, measure, read_throughput, time_batch
+from lm_eval_tasks.throughput import (
+    THROUGHPUT,
+    check_fits,
+    measure,
+    missing_batch_sizes,
+    read_throughput,
+    time_batch,
+)
 
 pytest.importorskip("vllm")
 
@@ -86,25 +93,25 @@ def options(**given):
 
 def test_measure_stores_and_resumes(backend, tmp_path):
     measure(backend, tmp_path, **options(batch_sizes=[1]))
-    measure(backend, tmp_path, **options())
+    assert missing_batch_sizes(tmp_path, [4, 1, 4], 0) == [4]
+    measure(backend, tmp_path, **options(batch_sizes=[4]))
+    assert missing_batch_sizes(tmp_path, [1, 4], 0) == []
+    assert missing_batch_sizes(tmp_path, [4, 1], 1) == [1, 4]
     measure(backend, tmp_path, **options(round_number=1))
     rows = read_throughput(tmp_path)
     assert [(row["round"], row["batch_size"]) for row in rows] == [(0, 1), (0, 4), (1, 1), (1, 4)]
     assert rows[1]["seconds"] == 11
-    before = len(backend.engine.log)
-    measure(backend, tmp_path, **options())
-    assert len(backend.engine.log) == before  # nothing was run again
 
 
-def test_measure_refuses_what_does_not_fit(backend, tmp_path, capsys):
+def test_check_fits(backend, capsys):
+    check_fits(backend, [1, 8], 5, 95)
     for given, message in (
-        ({"num_tokens": 96}, "5 + 96 tokens of the speed measurement exceed the model's length"),
-        ({"batch_sizes": [16]}, "--batch-sizes 16: the engine runs at most 8"),
+        (([1], 5, 96), "5 + 96 tokens of the speed measurement exceed the model's length"),
+        (([1, 16], 5, 10), "--batch-sizes 16: the engine runs at most 8"),
     ):
         with pytest.raises(InputError):
-            measure(backend, tmp_path, **options(**given))
+            check_fits(backend, *given)
         assert message in capsys.readouterr().err
-    assert not (tmp_path / THROUGHPUT).exists()
 
 
 def test_read_throughput_refuses_damaged_lines(backend, tmp_path, capsys):

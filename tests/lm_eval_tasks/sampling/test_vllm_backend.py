@@ -17,6 +17,7 @@ from lm_eval_tasks.cli import main
 from lm_eval_tasks.samples import SampleStore, sample_seed
 from lm_eval_tasks.sampling import vllm_backend
 from lm_eval_tasks.sampling.vllm_backend import EngineTap, VllmBackend
+from lm_eval_tasks.throughput import read_throughput
 
 ROOT = Path(__file__).resolve().parents[3]
 ENGINE = {
@@ -296,6 +297,40 @@ def test_tap_counts_since_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tap.num_steps == 3
     assert tap.num_preemptions == 1
     assert tap.mean_running == pytest.approx((4 * 1 + 2 * 3) / 4)
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_speeds_are_measured_by_the_engine_that_drew(
+    lm: Any,
+    checkpoint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    starts = []
+
+    def start(model: str, engine_args: dict[str, Any], max_in_flight: int | None) -> VllmBackend:
+        starts.append(model)
+        return VllmBackend(lm.model.llm_engine, EngineTap(), max_in_flight)
+
+    monkeypatch.setattr(vllm_backend, "start_vllm", start)
+    folder = tmp_path / "run"
+    draw = [*command(checkpoint, folder)[2:], "--num-samples", "2", "--limit", "2"]
+    draw += ["--speed-tokens", "16", "8", "--batch-sizes"]
+    assert main([*draw, "1", "5"]) == 2
+    assert "the engine runs at most 4 sequences at once" in capsys.readouterr().err
+    assert list(SampleStore(folder).records()) == [], "refused before anything is drawn"
+    for _ in range(2):
+        assert main([*draw, "1", "4"]) == 0
+    assert len(starts) == 2, "nothing was missing the last time"
+    assert main([*draw, "1", "4", "--speed-round", "1"]) == 0
+    assert len(starts) == 3
+    rows = read_throughput(folder)
+    assert [(row["round"], row["batch_size"]) for row in rows] == [(0, 1), (0, 4), (1, 1), (1, 4)]
+    assert all(row["tokens_per_s"] == row["batch_size"] * 8 / row["seconds"] for row in rows)
+    assert all(0 < row["prefill_s"] < row["seconds"] for row in rows)
+    assert len(list(SampleStore(folder).records())) == 4
 
 
 @pytest.mark.parametrize(
