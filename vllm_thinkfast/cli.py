@@ -1,4 +1,4 @@
-"""Command line: ``thinkfast doctor | convert | state-size``.
+"""Command line: ``thinkfast doctor | convert | bench | state-size``.
 
 Exit codes: 0 when everything asked for was done, 1 when ``doctor`` found a problem or something
 failed that is not the user's doing, 2 for a mistake that the message says how to mend.
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_thinkfast import __version__
+from vllm_thinkfast.bench.command import add_options as add_bench_options
+from vllm_thinkfast.bench.command import run as run_bench
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -55,6 +57,14 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--json", action="store_true", help="machine-readable output")
     convert.set_defaults(run=_convert)
 
+    bench = verbs.add_parser(
+        "bench",
+        help="speed and memory next to a Llama of equal size",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_bench_options(bench)
+    bench.set_defaults(run=_bench)
+
     size = verbs.add_parser(
         "state-size",
         help="memory of one sequence",
@@ -97,6 +107,10 @@ def _convert(options: argparse.Namespace) -> int:
         f"{report.num_bytes / 1e6:.1f} MB; serve it with: vllm serve {report.destination}"
     )
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    return run_bench(options, print)
 
 
 def _state_size(options: argparse.Namespace) -> int:

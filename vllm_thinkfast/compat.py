@@ -3,6 +3,9 @@
 The only file that compares versions or touches vLLM names that are private or moved between
 releases. Each function that changes something in vLLM says why, where upstream could solve it, and
 when it can go; ``docs/design/patches.md`` lists them.
+
+The ``register_*`` functions import nothing of vLLM: what they change is changed as soon as its
+module is imported, which may be now, later or never in this process.
 """
 
 from __future__ import annotations
@@ -12,14 +15,17 @@ import importlib
 import importlib.metadata
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vllm_thinkfast import envs, fork
+from vllm_thinkfast.import_hooks import when_imported
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 OLDEST_VLLM = "0.25.0"
 """Below this the plugin refuses to register. The names it uses were looked up in the
@@ -94,6 +100,10 @@ def register_config_parser() -> None:
     hands every other folder on. The registry warns about the replacement at each start, which is
     noise here, hence the silenced logger.
     """
+    when_imported("vllm.transformers_utils.config", _put_config_parser)
+
+
+def _put_config_parser() -> None:
     from vllm.transformers_utils import config as vllm_config
 
     from vllm_thinkfast import config_parser
@@ -118,6 +128,13 @@ def register_model_defaults(
     Remove when: vLLM applies ``MambaModelConfig`` to every ``HasInnerState`` model, and a model
     class can supply defaults.
     """
+    when_imported(
+        "vllm.model_executor.models.config",
+        functools.partial(_add_model_defaults, architectures, attention_free),
+    )
+
+
+def _add_model_defaults(architectures: tuple[str, ...], attention_free: tuple[str, ...]) -> None:
     from vllm.model_executor.models.config import (
         MODELS_CONFIG_MAP,
         MambaModelConfig,
@@ -127,11 +144,13 @@ def register_model_defaults(
     class HybridDefaults(VerifyAndUpdateConfig):
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
+            _turn_off_prefix_caching_with_drafts(vllm_config)
             fork.configure(vllm_config, is_attention_free=False, obstacle=fork_obstacle())
 
     class AttentionFreeDefaults(MambaModelConfig):
         @classmethod
         def verify_and_update_config(cls, vllm_config: Any) -> None:
+            _turn_off_prefix_caching_with_drafts(vllm_config)
             fork.configure(vllm_config, is_attention_free=True, obstacle=fork_obstacle())
             super().verify_and_update_config(vllm_config)
 
@@ -140,16 +159,26 @@ def register_model_defaults(
         MODELS_CONFIG_MAP.setdefault(architecture, defaults)
 
 
+def _turn_off_prefix_caching_with_drafts(vllm_config: Any) -> None:
+    """Speculative decoding keeps several states per sequence; which one counts only mixers know."""
+    cache_config = vllm_config.cache_config
+    if vllm_config.speculative_config is not None and cache_config.enable_prefix_caching:
+        cache_config.enable_prefix_caching = False
+        logger.warning(
+            "Prefix caching is off, and every sample of a prompt will prefill it for itself: "
+            "speculative decoding keeps the states that a sequence may go back to."
+        )
+
+
 @functools.cache
 def fork_obstacle() -> str | None:
-    """Why this vLLM cannot fork a prompt's state to its samples; None if it can."""
-    from packaging.version import Version
+    """Why this vLLM cannot fork a prompt's state to its samples; None if it can.
 
-    distribution = vllm_distribution()
-    if distribution is not None:
-        name, version = distribution
-        if Version(version).release < Version(OLDEST_FORK_VLLM).release:
-            return f"that needs {name} {OLDEST_FORK_VLLM} or newer, found {version}"
+    Imports the parts of vLLM in question, so it is for the time when an engine is configured.
+    """
+    obstacle = _fork_version_obstacle()
+    if obstacle is not None:
+        return obstacle
     for module_name, qualified_name in _FORK_NAMES:
         owner: Any = importlib.import_module(module_name)
         for name in qualified_name.split("."):
@@ -159,18 +188,48 @@ def fork_obstacle() -> str | None:
     return None
 
 
+def _fork_version_obstacle() -> str | None:
+    from packaging.version import Version
+
+    distribution = vllm_distribution()
+    if distribution is not None:
+        name, version = distribution
+        if Version(version).release < Version(OLDEST_FORK_VLLM).release:
+            return f"that needs {name} {OLDEST_FORK_VLLM} or newer, found {version}"
+    return None
+
+
 def register_fork(architectures: tuple[str, ...], attention_free: tuple[str, ...]) -> None:
     """Opens vLLM's prefix cache for our models; see ``docs/design/fork.md``.
 
-    Applies the four patches below, where this vLLM supports forking. They do nothing without the
-    settings that ``fork.configure`` makes.
+    Applies the patches below, where this vLLM is new enough and has what they replace. They do
+    nothing without the settings that ``fork.configure`` makes.
     """
-    if fork_obstacle() is not None:
+    if _fork_version_obstacle() is not None:
         return
-    _cache_prefixes_by_default(attention_free)
-    _match_inside_blocks_with_one_group(architectures)
-    _remember_prompt_hashes()
-    _copy_whole_blocks()
+    patches: tuple[tuple[str, Callable[[], None]], ...] = (
+        (
+            "vllm.config.model",
+            functools.partial(_cache_prefixes_by_default, attention_free),
+        ),
+        (
+            "vllm.v1.core.kv_cache_utils",
+            functools.partial(_accept_match_unit_with_one_group, architectures),
+        ),
+        ("vllm.v1.core.kv_cache_utils", _remember_prompt_hashes),
+        ("vllm.v1.core.kv_cache_coordinator", _match_inside_blocks_with_one_group),
+        ("vllm.v1.worker.utils", _copy_whole_blocks),
+    )
+    for module_name, patch in patches:
+        when_imported(module_name, functools.partial(_apply_fork_patch, module_name, patch))
+
+
+def _apply_fork_patch(module_name: str, patch: Callable[[], None]) -> None:
+    """Applies a patch unless its module lacks a name; ``fork_obstacle`` reports that later."""
+    module = sys.modules[module_name]
+    needed = [name for owner, name in _FORK_NAMES if owner == module_name]
+    if all(hasattr(module, name.split(".")[0]) for name in needed):
+        patch()
 
 
 def _cache_prefixes_by_default(architectures: tuple[str, ...]) -> None:
@@ -191,25 +250,23 @@ def _cache_prefixes_by_default(architectures: tuple[str, ...]) -> None:
         if original(self):
             return True
         is_ours = self.pooler_config is None and self.architecture in architectures
-        return is_ours and envs.fork()
+        return is_ours and envs.fork() and fork_obstacle() is None
 
     is_prefix_caching_supported.thinkfast_original = original  # type: ignore[attr-defined]
     ModelConfig.is_prefix_caching_supported = property(is_prefix_caching_supported)
 
 
-def _match_inside_blocks_with_one_group(architectures: tuple[str, ...]) -> None:
+def _accept_match_unit_with_one_group(architectures: tuple[str, ...]) -> None:
     """Lets ``prefix_match_unit`` be smaller than a block for models with states only.
 
-    Patch: wraps ``resolve_kv_cache_block_sizes`` and ``get_kv_cache_coordinator``.
-    Why: vLLM refuses a finer unit for a model with a single cache group, and gives it a coordinator
-    that matches whole blocks. The coordinator for several groups works with one (vLLM 0.32
-    ``v1/core/kv_cache_utils.py``, ``v1/core/kv_cache_coordinator.py``).
+    Patch: wraps ``resolve_kv_cache_block_sizes``; works with the next one only.
+    Why: vLLM refuses a finer unit for a model with a single cache group (vLLM 0.32
+    ``v1/core/kv_cache_utils.py``).
     Remove when: vLLM accepts ``prefix_match_unit`` for a single Mamba group in mode "align".
     """
-    from vllm.v1.core import kv_cache_coordinator, kv_cache_utils
+    from vllm.v1.core import kv_cache_utils
 
     resolve = kv_cache_utils.resolve_kv_cache_block_sizes
-    coordinate = kv_cache_coordinator.get_kv_cache_coordinator
     if hasattr(resolve, "thinkfast_original"):
         return
 
@@ -229,6 +286,24 @@ def _match_inside_blocks_with_one_group(architectures: tuple[str, ...]) -> None:
             )
         return block_size, unit
 
+    resolve_kv_cache_block_sizes.thinkfast_original = resolve  # type: ignore[attr-defined]
+    _replace(kv_cache_utils, resolve_kv_cache_block_sizes, "vllm.v1.engine.core")
+
+
+def _match_inside_blocks_with_one_group() -> None:
+    """Finds prefixes that end inside a block for models with states only.
+
+    Patch: wraps ``get_kv_cache_coordinator``.
+    Why: vLLM gives a model with a single cache group a coordinator that matches whole blocks. The
+    coordinator for several groups works with one (vLLM 0.32 ``v1/core/kv_cache_coordinator.py``).
+    Remove when: vLLM accepts ``prefix_match_unit`` for a single Mamba group in mode "align".
+    """
+    from vllm.v1.core import kv_cache_coordinator
+
+    coordinate = kv_cache_coordinator.get_kv_cache_coordinator
+    if hasattr(coordinate, "thinkfast_original"):
+        return
+
     def get_kv_cache_coordinator(
         kv_cache_config: Any, *, hash_block_size: int, enable_caching: bool, **options: Any
     ) -> Any:
@@ -243,8 +318,7 @@ def _match_inside_blocks_with_one_group(architectures: tuple[str, ...]) -> None:
                 return kv_cache_coordinator.HybridKVCacheCoordinator(**options)
         return coordinate(**options)
 
-    resolve_kv_cache_block_sizes.thinkfast_original = resolve  # type: ignore[attr-defined]
-    _replace(kv_cache_utils, resolve_kv_cache_block_sizes, "vllm.v1.engine.core")
+    get_kv_cache_coordinator.thinkfast_original = coordinate  # type: ignore[attr-defined]
     _replace(kv_cache_coordinator, get_kv_cache_coordinator, "vllm.v1.core.kv_cache_manager")
 
 
@@ -335,10 +409,13 @@ def register_token_id_check(architectures: tuple[str, ...]) -> None:
     everybody else's requests (vLLM 0.32 ``renderers/base.py``).
     Remove when: vLLM checks against the model's vocabulary without a tokenizer.
     """
-    try:
-        from vllm.renderers.base import BaseRenderer
-    except ImportError:  # before vLLM had renderers the check was elsewhere; nothing to wrap
-        return
+    # Before vLLM had renderers the check was elsewhere; then nothing is wrapped.
+    when_imported("vllm.renderers.base", functools.partial(_check_token_ids, architectures))
+
+
+def _check_token_ids(architectures: tuple[str, ...]) -> None:
+    from vllm.renderers.base import BaseRenderer
+
     original = getattr(BaseRenderer, "validate_token_ids", None)
     if original is None or hasattr(original, "thinkfast_original"):
         return
@@ -363,6 +440,64 @@ def register_token_id_check(architectures: tuple[str, ...]) -> None:
     BaseRenderer.validate_token_ids = validate_token_ids
 
 
+def register_memory_message(architectures: tuple[str, ...]) -> None:
+    """Says with numbers that the cache memory holds not even one sequence.
+
+    Patch: wraps ``get_kv_cache_configs``, for our architectures only.
+    Why: vLLM says "No available memory for the cache blocks", or gives GiB with two digits ("0.0
+    GiB is needed, which is larger than 0.0 GiB") and advises a shorter ``max_model_len``, on which
+    a recurrent state does not depend (vLLM 0.32 ``v1/core/kv_cache_utils.py``).
+    Remove when: vLLM's messages have the bytes, and advice that fits models with states.
+    """
+    when_imported(
+        "vllm.v1.core.kv_cache_utils", functools.partial(_explain_lack_of_memory, architectures)
+    )
+
+
+def _explain_lack_of_memory(architectures: tuple[str, ...]) -> None:
+    from vllm.v1.core import kv_cache_utils
+
+    configure = kv_cache_utils.get_kv_cache_configs
+    if hasattr(configure, "thinkfast_original"):
+        return
+
+    def get_kv_cache_configs(
+        vllm_config: Any, kv_cache_specs: Sequence[Any], available_memory: Sequence[int]
+    ) -> Any:
+        try:
+            return configure(vllm_config, kv_cache_specs, available_memory)
+        except ValueError as error:
+            if vllm_config.model_config.architecture not in architectures:
+                raise
+            for specs, available in zip(kv_cache_specs, available_memory, strict=True):
+                needed = sum(spec.max_memory_usage_bytes(vllm_config) for spec in specs.values())
+                if needed > available:
+                    length = vllm_config.model_config.max_model_len
+                    raise ValueError(lack_of_memory(needed, available, length)) from error
+            raise
+
+    get_kv_cache_configs.thinkfast_original = configure  # type: ignore[attr-defined]
+    _replace(kv_cache_utils, get_kv_cache_configs, "vllm.v1.engine.core")
+
+
+def lack_of_memory(needed: int, available: int, max_model_len: int) -> str:
+    """The message for cache memory that does not hold one sequence.
+
+    Args:
+        needed: bytes of one sequence, as vLLM allocates it.
+        available: bytes.
+        max_model_len: tokens of that sequence.
+    """
+    return (
+        f"one sequence of max_model_len={max_model_len} tokens needs {needed / 2**20:.3f} MiB of "
+        f"cache (states and their copy for the prefix cache, keys and values), and "
+        f"{available / 2**20:.3f} MiB are available. Give more with --kv-cache-memory-bytes or "
+        "--gpu-memory-utilization (on a CPU: VLLM_CPU_KVCACHE_SPACE); "
+        "--no-enable-prefix-caching halves the states, and `thinkfast state-size` shows their "
+        "sizes."
+    )
+
+
 def register_cpu_seed_fix() -> None:
     """Lets a seeded request be prefilled in parts on a CPU.
 
@@ -373,6 +508,10 @@ def register_cpu_seed_fix() -> None:
     0.32 ``v1/worker/gpu_model_runner.py``). Here the generator's state is put back instead.
     Remove when: vLLM restores CPU generators itself.
     """
+    when_imported("vllm.v1.worker.cpu_model_runner", _restore_cpu_generators)
+
+
+def _restore_cpu_generators() -> None:
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():

@@ -1,7 +1,8 @@
 """Entry point of the vLLM plugin (group ``vllm.general_plugins``, name ``thinkfast``).
 
 vLLM calls ``register`` in every process, some of them several times, before it knows which model it
-will serve. So everything here is a table of strings: nothing heavy is imported, and a second call
+will serve. So everything here is a table of strings: nothing of vLLM or transformers is imported,
+what is to be registered there is registered when they are (``import_hooks``), and a second call
 changes nothing. An exception raised here stops vLLM, which is wanted: a plugin that failed to
 register would show up as "architecture not supported" much later.
 """
@@ -32,24 +33,36 @@ def register() -> None:
     global _registered
     if _registered:
         return
-    from transformers import AutoConfig
-    from vllm import ModelRegistry
-
     from vllm_thinkfast import compat
-    from vllm_thinkfast.configs import LlambaConfig, MambaInLlamaConfig
+    from vllm_thinkfast.import_hooks import when_imported
 
     _check_version()
-    for config_class in (LlambaConfig, MambaInLlamaConfig):
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    when_imported("transformers.models.auto.configuration_auto", _register_configs)
+    when_imported("vllm.model_executor.models.registry", _register_models)
     compat.register_config_parser()
     architectures = tuple(name for name, _ in ARCHITECTURES)
     compat.register_model_defaults(architectures, ATTENTION_FREE)
     compat.register_fork(architectures, ATTENTION_FREE)
     compat.register_token_id_check(architectures)
+    compat.register_memory_message(architectures)
     compat.register_cpu_seed_fix()
+    _registered = True
+
+
+def _register_configs() -> None:
+    from transformers import AutoConfig
+
+    from vllm_thinkfast.configs import LlambaConfig, MambaInLlamaConfig
+
+    for config_class in (LlambaConfig, MambaInLlamaConfig):
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+
+
+def _register_models() -> None:
+    from vllm.model_executor.models.registry import ModelRegistry
+
     for architecture, target in ARCHITECTURES:
         ModelRegistry.register_model(architecture, target)
-    _registered = True
 
 
 def _check_version() -> None:

@@ -115,6 +115,7 @@ def bytes_per_sequence(
     config: Config,
     *,
     dtype: torch.dtype = torch.bfloat16,
+    conv_dtype: torch.dtype | None = None,
     ssm_dtype: torch.dtype = torch.float32,
     tp_size: int = 1,
 ) -> BytesPerSequence:
@@ -124,7 +125,8 @@ def bytes_per_sequence(
 
     Args:
         config: the model.
-        dtype: of activations, convolution state, keys and values.
+        dtype: of activations, keys and values.
+        conv_dtype: of the convolution state; default: ``dtype``.
         ssm_dtype: of the recurrent state.
         tp_size: tensor-parallel ranks.
 
@@ -140,7 +142,7 @@ def bytes_per_sequence(
         kv_heads = max(1, config.num_key_value_heads // tp_size)
         kv = 2 * len(config.attention_layers) * kv_heads * config.head_dim
     return BytesPerSequence(
-        conv_bytes=num_mixers * conv * dtype.itemsize,
+        conv_bytes=num_mixers * conv * (conv_dtype or dtype).itemsize,
         ssm_bytes=num_mixers * ssm * ssm_dtype.itemsize,
         kv_bytes_per_token=kv * dtype.itemsize,
     )

@@ -1,0 +1,149 @@
+"""The bench's engine, and memory: what ``state-size`` says is what the engine allocates."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_thinkfast.bench import worker
+from vllm_thinkfast.bench.settings import Settings, parse_cells
+from vllm_thinkfast.bench.shapes import write_folder
+from vllm_thinkfast.checkpoints.config_reader import read_config
+from vllm_thinkfast.state_cache import BytesPerSequence, bytes_per_sequence
+
+pytestmark = pytest.mark.engine
+
+CACHE_BYTES = 2 * 2**20
+LENGTHS = (24, 64)
+NUM_PROMPT_TOKENS, NUM_TOKENS = 12, 12
+
+
+def options(**changes: Any) -> dict[str, Any]:
+    cells, _ = parse_cells("1", "32+32", "", None)
+    settings = Settings(
+        cells=cells,
+        rounds=1,
+        load_format="dummy",
+        dtype="float32",
+        ssm_dtype="float32",
+        threads=1,
+        max_num_seqs=256,
+        max_num_batched_tokens=2048,
+        kv_cache_bytes=CACHE_BYTES,
+        engines="together",
+        seed=0,
+        engine_options={"enforce_eager": True, **changes},
+    )
+    return settings.llm_options()
+
+
+def close(engine: worker.Engine) -> None:
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    engine.engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+
+
+@pytest.fixture(scope="module", params=["llamba", "mambainllama"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("bench") / request.param, request.param, "tiny")
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[worker.Engine]:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # as `process.Worker` does
+    engine = worker.Engine(str(folder), options())
+    yield engine
+    close(engine)
+
+
+@pytest.fixture(scope="module")
+def stated(folder: Path) -> BytesPerSequence:
+    """What ``thinkfast state-size`` prints."""
+    return bytes_per_sequence(read_config(folder), dtype=torch.float32, ssm_dtype=torch.float32)
+
+
+def test_state_size_is_what_is_allocated(engine: worker.Engine, stated: BytesPerSequence) -> None:
+    """Bytes of one slot in the tensors that vLLM bound to the layers."""
+    layers = engine.config.compilation_config.static_forward_context.values()
+    slots = [layer.kv_cache for layer in layers if hasattr(layer, "get_state_shape")]
+    assert stated.conv_bytes == sum(conv[0].nbytes for conv, _ in slots)
+    assert stated.ssm_bytes == sum(ssm[0].nbytes for _, ssm in slots)
+    cost = engine.describe(LENGTHS)["step_cost"]
+    assert cost["state_bytes"] == stated.conv_bytes + stated.ssm_bytes
+    assert cost["kv_bytes_per_token"] == stated.kv_bytes_per_token
+    assert 4 * cost["state_elements"] == stated.ssm_bytes
+
+
+def test_parameters(engine: worker.Engine, folder: Path) -> None:
+    """Counted from the config; the engine's modules have packed theirs."""
+    described = engine.describe(LENGTHS)
+    from vllm_thinkfast.bench.shapes import num_parameters
+
+    assert described["num_parameters"] == num_parameters(read_config(folder))
+    assert described["step_cost"]["weight_bytes"] == 4 * described["num_parameters"]
+
+
+def test_measure(engine: worker.Engine, stated: BytesPerSequence) -> None:
+    found = engine.measure("separate", 4, NUM_PROMPT_TOKENS, NUM_TOKENS, seed=0)
+    assert found["most_running"] == 4
+    assert found["num_preempted"] == 0
+    assert found["num_prefilled_tokens"] == 4 * NUM_PROMPT_TOKENS
+    # The last step of the prefill may take a second one, that of the prompts' last tokens.
+    assert NUM_TOKENS - 3 <= found["num_decode_steps"] <= NUM_TOKENS - 1
+    assert found["step_s_least"] <= found["step_s"] <= found["step_s_most"]
+    assert found["prefill_s"] < found["seconds"]
+    assert found["tokens_per_s"] == pytest.approx(4 * NUM_TOKENS / found["seconds"])
+    assert found["peak_memory_bytes"]["process"] > 2**27
+    assert found["peak_cache_bytes"] >= 4 * stated.total(0)
+
+
+def test_measure_samples(engine: worker.Engine) -> None:
+    """One prompt: prefilled once, and one token for each further sample."""
+    found = engine.measure("samples", 4, NUM_PROMPT_TOKENS, NUM_TOKENS, seed=0)
+    assert found["most_running"] == 4
+    assert found["num_prefilled_tokens"] == NUM_PROMPT_TOKENS + 3
+
+
+def test_warm_up_leaves_no_trace(engine: worker.Engine) -> None:
+    engine.warm_up(2, "samples")
+    assert not engine.engine.has_unfinished_requests()
+
+
+def test_largest_batch(engine: worker.Engine) -> None:
+    """vLLM's maximum concurrency is right: that many run together, and not many more."""
+    computed = engine.max_concurrency(NUM_PROMPT_TOKENS + NUM_TOKENS)
+    found = engine.measure("separate", int(computed), NUM_PROMPT_TOKENS, NUM_TOKENS, seed=0)
+    assert found["most_running"] == int(computed)
+    assert found["num_preempted"] == 0
+    more = 2 * int(computed) + 2
+    found = engine.measure("separate", more, NUM_PROMPT_TOKENS, NUM_TOKENS, seed=0)
+    assert found["num_preempted"] or found["most_running"] < more
+    assert found["num_decode_steps"] == 0
+
+
+def test_concurrency_follows_from_state_size(
+    engine: worker.Engine, folder: Path, stated: BytesPerSequence
+) -> None:
+    """Two states per sequence: the prefix cache's copy, and the one that goes on."""
+    if stated.kv_bytes_per_token:
+        pytest.skip("vLLM pads the states of hybrids to its attention pages")
+    computed = engine.max_concurrency(NUM_PROMPT_TOKENS + NUM_TOKENS)
+    assert computed == pytest.approx(CACHE_BYTES / (2 * stated.total(0)), rel=0.05)
+
+
+def test_impossible_memory(engine: worker.Engine, folder: Path, stated: BytesPerSequence) -> None:
+    """Too little for one sequence: refused with the numbers, by vLLM's own path."""
+    from vllm.v1.core import kv_cache_utils
+
+    (specs,) = engine.executor.get_kv_cache_specs()
+    needed = sum(spec.max_memory_usage_bytes(engine.config) for spec in specs.values())
+    assert needed >= 2 * stated.total(0)
+    for available in (0, needed - 1):
+        with pytest.raises(ValueError, match="one sequence of max_model_len=64 tokens") as caught:
+            kv_cache_utils.get_kv_cache_configs(engine.config, [dict(specs)], [available])
+        assert f"needs {needed / 2**20:.3f} MiB" in str(caught.value)
+        assert f"{available / 2**20:.3f} MiB are available" in str(caught.value)

@@ -1,0 +1,86 @@
+"""What a measurement depends on besides its settings: versions, hardware, code."""
+
+import hashlib
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import vllm_thinkfast
+from vllm_thinkfast import compat
+from vllm_thinkfast.bench.settings import num_usable_cores
+
+_PACKAGE = Path(vllm_thinkfast.__file__).parent
+_WITHOUT_EFFECT = ("cli.py", "doctor.py", "bench/report.py", "bench/figure.py")
+"""Sources that can change without changing a measurement."""
+_SECRETS = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD")
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of every distribution that takes part."""
+    found = {"python": platform.python_version(), "vllm-thinkfast": vllm_thinkfast.__version__}
+    distribution = compat.vllm_distribution()
+    if distribution is not None:
+        name, found_version = distribution
+        found[name] = found_version
+    for name in ("torch", "transformers", "triton"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, usable cores, memory, and the GPUs if there are any."""
+    found: dict[str, Any] = {"machine": platform.machine(), "cores": num_usable_cores()}
+    for file, field, name in (
+        ("/proc/cpuinfo", "model name", "processor"),
+        ("/proc/meminfo", "MemTotal", "memory"),
+    ):
+        path = Path(file)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        values = [line.partition(":")[2].strip() for line in lines if line.startswith(field)]
+        if values:
+            found[name] = values[0]
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    found["gpus"] = _output(query).splitlines()
+    return found
+
+
+def git_commit() -> str:
+    """Commit of the checkout, with "-dirty" after changes; empty for an installed package."""
+    if not (_PACKAGE.parent / ".git").exists():
+        return ""  # site-packages may lie in somebody else's repository
+    command = ["git", "-C", str(_PACKAGE), "describe", "--always", "--abbrev=40", "--dirty"]
+    return _output(command)
+
+
+def code_hash() -> str:
+    """Hash of the sources that take part in a measurement."""
+    digest = hashlib.sha256()
+    for file in sorted(_PACKAGE.rglob("*.py")):
+        name = file.relative_to(_PACKAGE).as_posix()
+        if name not in _WITHOUT_EFFECT:
+            digest.update(name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def environment_of_runs() -> dict[str, str]:
+    """vLLM's and our own environment variables, which the engines see; without secrets."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith("VLLM_") and not name.endswith(_SECRETS)
+    }
+
+
+def _output(command: list[str]) -> str:
+    """What a program says; empty if it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
