@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
         make(options.out.resolve(), options.runs.resolve())
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", file=sys.stderr)
         return 130

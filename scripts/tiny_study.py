@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from demo.settings import file_hash
 from scripts.tiny_models import BIN, RECIPES, ROOT, TrainingError, call, export, say, train
 
 LLAMBA, HYBRID = "arith-llamba-tiny.yaml", "arith-mambainllama-tiny.yaml"
@@ -26,6 +27,7 @@ STAGES = ("matrix_mixing", "hidden_state", "end_to_end_forward", "end_to_end_rev
 BATCH_TOKENS = 2048
 METRICS = ("reverse_kl", "forward_kl", "top1_agreement")
 NUM_PROBLEMS, NUM_SAMPLES = 100, 16
+TEACHER = ROOT / "thinkfast" / "llama-tiny"
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Black, then Okabe and Ito's palette, which colour-blind readers can tell apart."""
 
@@ -89,8 +91,15 @@ def _moved(tokens: dict[str, int], source: str, target: str) -> dict[str, int]:
     return moved
 
 
+def model_hash(model: Path) -> str:
+    """A short hash of a model folder's configuration and weights."""
+    return file_hash(model / "config.json", model / "model.safetensors")[:16]
+
+
 def sample(model: Path, work: Path, num_problems: int, num_samples: int) -> dict[str, float]:
     """Samples ``arith_passk`` with lm-eval and vLLM; the result is kept in ``work``.
+
+    It is kept under a hash of the model: a folder of the same name may hold another one later.
 
     Args:
         model: exported folder.
@@ -101,7 +110,7 @@ def sample(model: Path, work: Path, num_problems: int, num_samples: int) -> dict
     Returns:
         lm-eval's metrics: ``pass@1``, ``pass@1_stderr``, ...
     """
-    kept = work / f"passk-{num_problems}x{num_samples}.json"
+    kept = work / f"passk-{num_problems}x{num_samples}-{model_hash(model)}.json"
     if not kept.is_file():
         work.mkdir(parents=True, exist_ok=True)
         found = work / "lm_eval"
@@ -140,7 +149,9 @@ def run_variant(variant: Variant, runs: Path, seed: int) -> dict[str, Any]:
         ``start``: held-out metrics before the first step. ``stages``: per stage its budget,
         held-out metrics at its end and, where measured, pass@k. ``curve``: metrics against tokens.
     """
-    run = runs / f"{variant.name.replace(', ', '-').replace(' ', '-').lower()}-{seed}"
+    # Another teacher, another run: the recipe names only its folder.
+    short = f"{variant.name.replace(', ', '-').replace(' ', '-').lower()}-{seed}"
+    run = runs / f"{short}-{model_hash(TEACHER)[:8]}"
     recipe = run.with_name(run.name + ".yaml")
     names = variant.write(recipe, seed)
     steps = 0
@@ -150,9 +161,10 @@ def run_variant(variant: Variant, runs: Path, seed: int) -> dict[str, Any]:
         if name != names[-1] and not variant.with_stages:
             continue
         work = run / "export" / name
+        # Returns at once if that is done, and refuses a run of another recipe.
+        train(recipe, run, [], max_steps=steps)
         if not (work / "model").is_dir():
             work.mkdir(parents=True, exist_ok=True)
-            train(recipe, run, [], max_steps=steps)
             export(run, work / "model")
         passk[name] = sample(work / "model", work, NUM_PROBLEMS, NUM_SAMPLES)
     records = map(json.loads, (run / "log.jsonl").read_text(encoding="utf-8").splitlines())
@@ -280,22 +292,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study" / "results")
     parser.add_argument("--seeds", type=int, default=1, help="runs of every variant")
     options = parser.parse_args(arguments)
-    runs, out, teacher = (
-        options.runs.resolve(),
-        options.out.resolve(),
-        ROOT / "thinkfast/llama-tiny",
-    )
+    runs, out = options.runs.resolve(), options.out.resolve()
     try:
         if options.seeds < 1:
             raise TrainingError(f"--seeds {options.seeds}: need at least 1")
-        if not teacher.is_dir():
-            raise TrainingError(f"{teacher}: no such folder; make it with: make tiny")
+        if not TEACHER.is_dir():
+            raise TrainingError(f"{TEACHER}: no such folder; make it with: make tiny")
         jobs = [(variant, seed) for seed in range(options.seeds) for variant in variants()]
         with ThreadPoolExecutor(max_workers=2) as pool:
             found = list(pool.map(lambda job: run_variant(job[0], runs, job[1]), jobs))
         study = {
             "git_commit": _git_commit(),
-            "teacher": sample(teacher, runs / "teacher", NUM_PROBLEMS, NUM_SAMPLES),
+            "teacher": sample(TEACHER, runs / "teacher", NUM_PROBLEMS, NUM_SAMPLES),
             "num_problems": NUM_PROBLEMS,
             "num_samples": NUM_SAMPLES,
             "variants": found,

@@ -37,6 +37,7 @@ PAGES = [
         if path.name != "getting-started.md"
     ),
     "CONTRIBUTING.md",
+    "distill/README.md",
 ]
 LANGUAGES = {"console", "sh", "python", "text", "json"}
 TIMEOUT_S = 420

@@ -4,11 +4,14 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from lm_eval_tasks.tasks.arith.utils import TEST_FILE
-from tests.vllm_thinkfast.models.engines import EnginePool
+from tests.distill.students.models import load_student, packed
+from tests.vllm_thinkfast.models.engines import EnginePool, log_probabilities, random_prompts
 
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "thinkfast"
@@ -63,3 +66,21 @@ def test_models_solve_what_they_should(name: str, engines: EnginePool) -> None:
     ]
     assert all(output.outputs[0].finish_reason == "stop" for output in outputs)
     assert sum(solved) >= MIN_SOLVED, f"{name}: {sum(solved)} of {len(solved)}"
+    if name != "llama-tiny":  # that one is vLLM's own
+        check_served_is_trained(MODELS / name, llm)
+
+
+def check_served_is_trained(folder: Path, llm: Any) -> None:
+    """Log-probabilities of the trainer's student against the engine's.
+
+    `tests/contract` does the same with random students; these went through a whole run and the
+    command `export`. In this test, because the engine is there.
+    """
+    student = load_student(folder)
+    prompts = random_prompts([2, 33, 131], student.config.vocab_size, seed=5)
+    with torch.no_grad():
+        trained = student(packed([prompts]))[0].log_softmax(-1)
+    served = log_probabilities(llm, prompts)
+    for prompt, ours, found in zip(prompts, trained.split([2, 33, 131]), served, strict=True):
+        error = (found.double() - ours[:-1]).abs().max()
+        assert error <= 2e-3, f"{folder.name}, {len(prompt)} tokens: max error {error:.2e}"

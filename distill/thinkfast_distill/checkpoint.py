@@ -18,6 +18,7 @@ import subprocess
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,10 @@ _FOLDER = "checkpoints"
 _FORMAT = 1
 _PARTIAL = ".partial-"
 
-FREE_KEYS = ("checkpoint", "logging", "compute", "export", "evaluation")
+FREE_KEYS = (
+    *("checkpoint", "logging", "compute", "export", "evaluation", "teacher.placement"),
+    *("stages.*.micro_batch_rows", "stages.*.loss.chunk_tokens"),
+)
 """Parts of a recipe that may change between the sessions of a run: none alters what is learned."""
 
 
@@ -79,7 +83,7 @@ class Progress:
     """Tokens that entered a loss."""
 
     skipped_steps: int = 0
-    """Steps without an update, because loss or gradient was not finite."""
+    """Steps without an update: loss or gradient not finite, or nothing that counts."""
 
     skipped_in_a_row: int = 0
     """The last of them, without an update in between."""
@@ -258,9 +262,7 @@ class CheckpointStore:
         """
         stored = {
             name: tuple(entry.size)
-            for name, entry in FileSystemReader(checkpoint.folder)
-            .read_metadata()
-            .state_dict_metadata.items()
+            for name, entry in _stored(checkpoint).items()
             if isinstance(entry, TensorStorageMetadata)
         }
         wanted: dict[str, Any] = get_model_state_dict(student)
@@ -298,13 +300,21 @@ class CheckpointStore:
     def load_optimizer(
         self, checkpoint: Checkpoint, student: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Loads the optimizer's state of an unfinished stage."""
+        """Loads the optimizer's state of an unfinished stage, if it had made a step."""
+        if not any(name.startswith("optimizer.") for name in _stored(checkpoint)):
+            return
         options = StateDictOptions(flatten_optimizer_state_dict=True)
         wanted: dict[str, Any] = get_optimizer_state_dict(student, optimizer, options=options)
         state = {f"optimizer.{name}": value for name, value in wanted.items()}
         self._load(checkpoint, state)
         loaded = {name.removeprefix("optimizer."): value for name, value in state.items()}
         set_optimizer_state_dict(student, optimizer, loaded, options=options)
+
+
+def _stored(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Name -> description of everything that a checkpoint holds."""
+    metadata = FileSystemReader(checkpoint.folder).read_metadata()
+    return dict(metadata.state_dict_metadata)
 
 
 def read(folder: Path) -> Checkpoint:
@@ -337,7 +347,7 @@ def check_same_recipe(checkpoint: Checkpoint, config: RunConfig) -> None:
     differing = {
         key: values
         for key, values in recipe.differing_keys(checkpoint.config, here).items()
-        if key.split(".")[0] not in FREE_KEYS
+        if not any(fnmatchcase(key, free) or key.startswith(f"{free}.") for free in FREE_KEYS)
     }
     if not differing:
         return
@@ -387,7 +397,8 @@ def _without_warning() -> Iterator[None]:
 
 def _tensors(student: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
     tensors: dict[str, Any] = {f"student.{n}": t for n, t in get_model_state_dict(student).items()}
-    if optimizer is not None:
+    # Of an optimizer that has not stepped yet torch would make a state in which it has, once.
+    if optimizer is not None and optimizer.state:
         options = StateDictOptions(flatten_optimizer_state_dict=True)
         state: dict[str, Any] = get_optimizer_state_dict(student, optimizer, options=options)
         tensors.update({f"optimizer.{n}": t for n, t in state.items()})

@@ -17,9 +17,9 @@ from typing import Any
 from thinkfast_distill import __version__
 
 _EPILOG = """examples:
-  thinkfast-distill run recipes/arith-llamba-tiny.yaml
-  thinkfast-distill run recipes/llama-3.2-1b-llamba-8xh100.yaml --dry-run
-  torchrun --nproc-per-node 8 -m thinkfast_distill.cli run recipes/llama-3.2-1b-llamba-8xh100.yaml
+  thinkfast-distill run distill/recipes/arith-llamba-tiny.yaml
+  thinkfast-distill run distill/recipes/llama-3.2-1b-llamba.yaml --dry-run
+  torchrun --nproc-per-node 8 -m thinkfast_distill.cli run distill/recipes/llama-3.2-1b-llamba.yaml
   thinkfast-distill run RECIPE --run-dir runs/try stages.end_to_end.lr=2e-5 seed=1
   thinkfast-distill status runs/arith-llamba-tiny
   thinkfast-distill export runs/arith-llamba-tiny my-model
@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         code: int = options.run(options)
-    except (ValueError, OSError, CheckpointError, TrainingError) as error:
+    except (ValueError, OSError, ImportError, CheckpointError, TrainingError) as error:
+        # ImportError: of an optional package, with its install line.
         return _fail(options.verb, error, 2)
     except Interrupted as request:
         return _fail(options.verb, f"stopped by {request}, state saved", 128 + request.signum)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from thinkfast_distill.data import presets
 from thinkfast_distill.recipe import RecipeError, apply_overrides, parse, read_yaml
 
 StudentKind = Literal["llamba", "mambainllama", "llama"]
@@ -17,6 +18,9 @@ StageKind = Literal["pretrain", "matrix_mixing", "hidden_state", "end_to_end", "
 
 TEACHER_STAGES = ("matrix_mixing", "hidden_state", "end_to_end")
 """Stage kinds that cannot run without a teacher."""
+
+LAYERWISE_STAGES = ("matrix_mixing", "hidden_state")
+"""Stage kinds with a backward pass per layer: they keep the activations of one layer at a time."""
 
 
 def _check(is_good: bool, message: str) -> None:
@@ -183,7 +187,8 @@ class DataConfig:
     """A mixture of sources; stages name it."""
 
     sources: list[dict[str, Any]]
-    """Where the text comes from; the keys are those of ``data.source_config``."""
+    """Where the text comes from; the keys are those of ``data.source_config``. ``preset: NAME``
+    stands for the keys of ``data.presets``, of which others beside it change or add some."""
 
     loss_on: Literal["all", "completion"] = "all"
     """Which tokens are targets: every token of a text, or what the assistant says."""
@@ -196,7 +201,14 @@ class DataConfig:
     """Longer documents are dropped and counted; null: kept, and carried over to the next row."""
 
     decontaminate: list[str] = field(default_factory=list)
-    """JSONL files of evaluation problems; documents that share a 13-gram with one are dropped."""
+    """JSONL files of evaluation problems; documents that share a 13-gram with one are dropped. A
+    memmap source must have been made with the same files."""
+
+    def __post_init__(self) -> None:
+        # Here, so that the resolved recipe of a run says what a preset was when it started.
+        self.sources = [
+            presets.expand(source, f"sources.{i}") for i, source in enumerate(self.sources)
+        ]
 
 
 @dataclass
@@ -413,7 +425,8 @@ class ComputeConfig:
     package (extras ``fla``, ``mamba-ssm``; GPU only)."""
 
     activation_checkpointing: bool = False
-    """Recompute each block in the backward pass: 2 N more FLOPs per token, far less memory."""
+    """Recompute each block in the backward pass: 2 N more FLOPs per token, far less memory. Stages
+    that go layer by layer (1 and 2) have little to gain and do without it."""
 
     replicas: int = 1
     """Groups of ranks that each hold a complete sharded copy (hybrid sharding); 1: one group."""
@@ -502,6 +515,7 @@ class RunConfig:
                 f"{where}.data: {stage.data!r} is not defined; accepted: {', '.join(self.data)}.",
             )
             self._check_kinds(stage, where)
+        self._check_chat_templates()
         held_out = self.evaluation.data
         _check(
             held_out is None or held_out in self.data,
@@ -523,6 +537,18 @@ class RunConfig:
                 last is None or sorted(last) == sorted(self.student.layout.attention_layers),
                 f"stages.{len(self.stages) - 1}.attention_layers: {last} must be those of "
                 f"student.layout: {self.student.layout.attention_layers}.",
+            )
+
+    def _check_chat_templates(self) -> None:
+        """One template for all stages: the exported model has only one."""
+        (first, *others) = dict.fromkeys(stage.data for stage in self.stages)
+        wanted = self.data[first].chat_template
+        for name in others:
+            found = self.data[name].chat_template
+            _check(
+                found == wanted,
+                f"data.{name}.chat_template: {found!r}, but data.{first} has {wanted!r}; the "
+                "template is fixed for the run, so give all mixtures the same.",
             )
 
     def _check_kinds(self, stage: StageConfig, where: str) -> None:

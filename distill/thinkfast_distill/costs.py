@@ -1,8 +1,9 @@
 """What a run costs before it runs: parameters, FLOPs per token, memory, device-hours.
 
 FLOPs follow the usual count of 2 per multiply-add and parameter: a training token costs 6 N of the
-student (+2 N when blocks are recomputed), a teacher token 2 N. N leaves out the embedding table,
-which is only looked up, and counts the head. The quadratic part of attention is listed apart.
+student (+2 N when blocks are recomputed; 4 N of what is frozen between trained parts), a teacher
+token 2 N. N leaves out the embedding table, which is only looked up, and counts the head. The
+quadratic part of attention is listed apart.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import torch
 from transformers import PretrainedConfig
 
 from thinkfast_distill.architecture import ModelConfig, head_dim_of
-from thinkfast_distill.config import RunConfig, StageConfig
+from thinkfast_distill.config import LAYERWISE_STAGES, RunConfig, StageConfig
 from thinkfast_distill.optimiser import group_of
 from vllm_thinkfast.checkpoints.reader import house_shapes
 from vllm_thinkfast.configs import LlambaConfig, MambaInLlamaConfig
@@ -28,6 +29,7 @@ _PEAK_FLOPS_PER_S = {
     "B200": 2250e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "RTX 4090": 165e12,
 }
@@ -48,6 +50,9 @@ class ModelCost:
 
     attention_width: int
     """Query width summed over the layers that attend."""
+
+    mixer_share: float
+    """Part of the layers that have an SSM mixer."""
 
     @property
     def total(self) -> int:
@@ -77,14 +82,15 @@ def model_cost(config: ModelConfig | PretrainedConfig) -> ModelCost:
         part = part_of(name)
         if not (tied and part == "head"):
             parameters[part] += prod(shape)
+    num_layers = int(config.num_hidden_layers)
     if isinstance(config, LlambaConfig):
-        attention_width = 0
+        attention_width, num_attention = 0, 0
     else:
         layers = getattr(config, "attention_layers", None)
-        num = config.num_hidden_layers if layers is None else len(layers)
-        attention_width = num * config.num_attention_heads * head_dim_of(config)
+        num_attention = num_layers if layers is None else len(layers)
+        attention_width = num_attention * config.num_attention_heads * head_dim_of(config)
     head = int(config.vocab_size) * int(config.hidden_size)
-    return ModelCost(parameters, tied, head, attention_width)
+    return ModelCost(parameters, tied, head, attention_width, 1 - num_attention / num_layers)
 
 
 def part_of(name: str) -> str:
@@ -158,10 +164,16 @@ def stage_cost(
     if stage.kind == "end_to_end":
         attention = quadratic * (3 * student.attention_width + taught)
         return StageCost(6.0 * student.active, recompute, 2.0 * teacher.active, attention)
+    # Layer by layer, and so without recomputation.
     teacher_flops = 2.0 * teacher.body
-    if stage.kind == "hidden_state":
+    if stage.kind == "hidden_state" and stage.train == "all":
         attention = quadratic * (3 * student.attention_width + taught)
         return StageCost(6.0 * student.body, 0.0, teacher_flops, attention)
+    if stage.kind == "hidden_state":
+        # Only layers with a mixer are compared; the gradient passes through their frozen rest.
+        frozen = student.mixer_share * (student.parameters["mlp"] + student.parameters["norm"])
+        flops = 6.0 * student.parameters["ssm"] + 4.0 * frozen
+        return StageCost(flops, 0.0, teacher_flops, quadratic * taught)
     # matrix_mixing: mixers alone; the student's matrices cost about what the teacher's scores do.
     return StageCost(6.0 * student.parameters["ssm"], 0.0, teacher_flops, 4 * quadratic * taught)
 
@@ -182,10 +194,14 @@ class MemoryEstimate:
     logits: float
     """The chunk of the end-to-end loss."""
 
+    evaluation: float
+    """Instead of activations and logits, while held-out rows are measured; a rough figure."""
+
     @property
     def total(self) -> float:
-        """All together; the allocator adds some."""
-        return self.student + self.teacher + self.activations + self.logits
+        """The most at any time; the allocator adds some."""
+        passing = max(self.activations + self.logits, self.evaluation)
+        return self.student + self.teacher + passing
 
 
 def memory_estimate(
@@ -201,7 +217,7 @@ def memory_estimate(
 
     Args:
         config: precision, placement of the teacher, checkpointing.
-        stage: rows and row length.
+        stage: rows and row length; ``evaluation`` of the config has those of held-out batches.
         student_config: widths.
         student: sizes of the student.
         teacher: sizes of the teacher, or None.
@@ -215,33 +231,47 @@ def memory_estimate(
         frozen = teacher.total * (2.0 if config.teacher.dtype == "bfloat16" else 4.0)
         if config.teacher.placement == "shard":
             frozen /= shards
-    rank_rows = -(-stage.batch_rows // num_ranks)
-    rows = min(stage.micro_batch_rows or rank_rows, rank_rows)
+    rows = _rows_at_once(stage, stage.batch_rows, num_ranks)
     tokens = rows * stage.seq_len
     size = 2.0 if config.compute.precision == "bfloat16" else 4.0
     hidden, mlp = student_config.hidden_size, student_config.intermediate_size
     # Per token and block: norms, projections, convolution and gate of the mixer; three MLP tensors.
-    block = tokens * size * (14.0 * hidden + 3.0 * mlp)
+    block_token = size * (14.0 * hidden + 3.0 * mlp)
     layers = int(student_config.num_hidden_layers)
-    if stage.kind in ("matrix_mixing", "hidden_state"):
-        activations = block  # one layer at a time
-    elif config.compute.activation_checkpointing:
-        activations = block + layers * tokens * hidden * 4.0
-    else:
-        activations = block * layers
+    heads = 0
     if stage.kind == "matrix_mixing" and teacher is not None:
-        width = teacher.attention_width // layers // max(head_dim_of_student(student_config), 1)
-        activations += 6.0 * rows * width * stage.seq_len**2 * 4.0
+        heads = teacher.attention_width // layers // int(student_config.head_dim)
+    if stage.kind in LAYERWISE_STAGES:
+        activations = block_token * tokens + _matrices(rows, heads, stage.seq_len)
+    elif config.compute.activation_checkpointing:
+        activations = block_token * tokens + layers * tokens * hidden * 4.0
+    else:
+        activations = block_token * tokens * layers
+    chunk_token = 6.0 * student_config.vocab_size * 4.0
     logits = 0.0
-    if stage.kind in ("end_to_end", "pretrain", "sft"):
-        chunk = min(stage.loss.chunk_tokens, tokens)
-        logits = 6.0 * chunk * student_config.vocab_size * 4.0
-    return MemoryEstimate(weights, frozen, activations, logits)
+    if stage.kind not in LAYERWISE_STAGES:
+        logits = chunk_token * min(stage.loss.chunk_tokens, tokens)
+    held_out, evaluation = config.evaluation, 0.0
+    if held_out.data is not None:
+        # One block at a time, for there are no gradients; the stage's own objective, then logits.
+        rows = _rows_at_once(stage, held_out.batch_rows, num_ranks)
+        tokens = rows * held_out.seq_len
+        evaluation = block_token * tokens + max(
+            _matrices(rows, heads, held_out.seq_len),
+            chunk_token * min(stage.loss.chunk_tokens, tokens),
+        )
+    return MemoryEstimate(weights, frozen, activations, logits, evaluation)
 
 
-def head_dim_of_student(config: ModelConfig) -> int:
-    """Width of one head."""
-    return int(config.head_dim)
+def _rows_at_once(stage: StageConfig, batch_rows: int, num_ranks: int) -> int:
+    """Rows of a forward pass on one rank."""
+    of_rank = -(-batch_rows // num_ranks)
+    return min(stage.micro_batch_rows or of_rank, of_rank)
+
+
+def _matrices(rows: int, heads: int, seq_len: int) -> float:
+    """Bytes of stage 1's matrices: attention, the mixer's, their difference and what makes them."""
+    return 6.0 * rows * heads * seq_len**2 * 4.0
 
 
 def peak_flops_per_s(device: torch.device, precision: str) -> tuple[float, str]:

@@ -1,7 +1,7 @@
 """``thinkfast-distill run --dry-run``: the resolved recipe and what it costs, without running it.
 
-Needs the teacher's config.json, or ``teacher.sizes`` in the recipe; no weights, data or GPU. The
-same recipe with another number of ranks (``torchrun``) shows the memory per device there.
+Needs the teacher's config.json, or ``teacher.sizes`` in the recipe; no weights, data or GPU. With
+``WORLD_SIZE=8`` in the environment it shows the memory per device of 8 ranks.
 """
 
 import os

@@ -7,6 +7,7 @@ held-out step labels, a process reward model is also measured as such, see `step
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,7 +63,7 @@ class Evaluation:
             with torch.no_grad():
                 for kind, one in measured:
                     sums: dict[str, float] = {}
-                    for batch in self._held_out():
+                    for batch in self._held_out(stage.micro_batch_rows):
                         metrics.add_sums(sums, one.evaluate(batch.to(self._world.device)))
                     figures = parts.normalised(kind, metrics.sum_over_ranks(sums, self._world))
                     # Several objectives have a "loss"; the plain names are end to end.
@@ -70,21 +71,26 @@ class Evaluation:
                     whole = {key: value for key, value in figures.items() if key[-1:].isalpha()}
                     found.update({prefix + key: value for key, value in whole.items()})
                 if parts.counts_step_labels(self._config, self._config.evaluation.data):
-                    found.update(self._step_figures(student))
+                    found.update(self._step_figures(student, stage.micro_batch_rows))
         finally:
             student.train(was_training)
         return found
 
-    def _step_figures(self, student: Any) -> dict[str, float]:
+    def _step_figures(self, student: Any, rows: int | None) -> dict[str, float]:
         good_id, bad_id = step_metrics.label_ids(self._tokenizer)
         sums: dict[str, float] = {}
-        for held_out in self._held_out():
+        for held_out in self._held_out(rows):
             batch = held_out.to(self._world.device)
             hidden, head = student.hidden(batch), student.head_weight()
             metrics.add_sums(sums, step_metrics.step_sums(hidden, head, batch, good_id, bad_id))
         return step_metrics.step_figures(metrics.sum_over_ranks(sums, self._world))
 
-    def _held_out(self) -> list[PackedBatch]:
+    def _held_out(self, rows: int | None) -> Iterator[PackedBatch]:
+        """The batches, cut as the stage cuts its own: what fits in training must fit here."""
+        for batch in self._whole_batches():
+            yield from parts.micro_batches(batch, rows)
+
+    def _whole_batches(self) -> list[PackedBatch]:
         if self._batches is None:
             settings = self._config.evaluation
             loader = parts.loader(

@@ -1,7 +1,7 @@
 """``thinkfast-distill export``: the newest checkpoint of a run as a served model folder.
 
-The model card is made from the run's own records: what was trained on, for how long, and the
-held-out figures before and after each stage.
+The model card is made from the run's own records: what was trained on, for how long, the held-out
+figures at the start and after each stage, and each stage's own loss before and after it.
 """
 
 import tempfile
@@ -21,7 +21,6 @@ from thinkfast_distill.run_log import LOG_FILE, read_log
 from thinkfast_distill.status import read_run_config
 
 _CARD_METRICS = (
-    "loss",
     "reverse_kl",
     "forward_kl",
     "top1_agreement",
@@ -101,20 +100,24 @@ def export_run(run: Path, out: Path) -> Path:
 def _card(config: RunConfig, checkpoint: Checkpoint, run: Path) -> dict[str, Any]:
     """Facts for the model card; what is not known is left out."""
     progress = checkpoint.progress
-    stages = []
+    stages: list[dict[str, Any]] = []
     for i, stage in enumerate(config.stages[: progress.stage + 1]):
         name = str(stage.name)
         if name not in progress.stage_tokens:
             continue
         steps = progress.stage_step if i == progress.stage else stage.num_steps
+        before = progress.first_metrics.get(name, {})
         found = progress.last_metrics.get(name, {})
+        if not stages and before:
+            start = {"name": "start", "kind": "", "tokens": 0, "steps": 0}
+            stages.append({**start, "metrics": _whole_model(before)})
         stages.append(
             {
                 "name": name,
                 "kind": stage.kind,
                 "tokens": progress.stage_tokens[name],
                 "steps": steps,
-                "metrics": {key: found[key] for key in _CARD_METRICS if key in found},
+                "metrics": {**_own_loss(stage.kind, before, found), **_whole_model(found)},
             }
         )
     sessions = [r for r in read_log(run / LOG_FILE) if r["event"] == "session"]
@@ -126,7 +129,9 @@ def _card(config: RunConfig, checkpoint: Checkpoint, run: Path) -> dict[str, Any
         "notes": _notes(config),
         "data": progress.source_tokens,
         "stages": stages,
-        "evaluation": stages[-1]["metrics"] if stages else None,
+        "evaluation": _whole_model(progress.last_metrics.get(stages[-1]["name"], {}))
+        if stages
+        else None,
         "seed": config.seed,
         "command": _command(sessions[0]["command"]) if sessions else None,
         # That of the code that ran: the checkout may have moved on while it did.
@@ -140,6 +145,26 @@ def _card(config: RunConfig, checkpoint: Checkpoint, run: Path) -> dict[str, Any
     return {key: value for key, value in facts.items() if value not in (None, {}, [])}
 
 
+def _own_loss(kind: str, before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """The stage's own held-out objective before and after it, and its trivial baseline.
+
+    Where a stage is measured end to end too, its own figures are named ``<kind>_...``
+    (``evaluation.Evaluation``).
+    """
+    prefix = f"{kind}_" if f"{kind}_loss" in after else ""
+    figures = {
+        "loss before": before.get(f"{prefix}loss"),
+        "loss": after.get(f"{prefix}loss"),
+        "baseline": after.get(f"{prefix}baseline"),
+    }
+    return {key: value for key, value in figures.items() if value is not None}
+
+
+def _whole_model(found: dict[str, float]) -> dict[str, float]:
+    """Figures that mean the same in every stage."""
+    return {key: found[key] for key in _CARD_METRICS if key in found}
+
+
 def _notes(config: RunConfig) -> str | None:
     """What a user of the model must know and cannot see from the files."""
     if not parts.is_reward_model(config):
@@ -150,7 +175,14 @@ def _notes(config: RunConfig) -> str | None:
 
 
 def _command(words: list[str]) -> str:
-    """The command without the folders of the machine it ran on."""
+    """The command; of absolute paths, which say nothing on another machine, the name alone."""
     program, *rest = words
+    rest = [_without_folder(word) for word in rest]
     is_module = program.endswith(".py")
     return " ".join(["thinkfast-distill" if is_module else Path(program).name, *rest])
+
+
+def _without_folder(word: str) -> str:
+    """A word of a command; ``/a/b`` becomes ``b``, also after ``key=``."""
+    key, separator, value = word.rpartition("=")
+    return key + separator + Path(value).name if Path(value).is_absolute() else word

@@ -49,6 +49,10 @@ class Feed:
             raise item
         return item
 
+    def report(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What was read up to a state, see ``Loader.report``."""
+        return self._loader.report(state)
+
     def close(self) -> None:
         """Stops the thread."""
         self._stopped.set()

@@ -35,7 +35,7 @@ from thinkfast_distill.checkpoint import (
     check_same_recipe,
     environment,
 )
-from thinkfast_distill.config import RunConfig, StageConfig
+from thinkfast_distill.config import LAYERWISE_STAGES, RunConfig, StageConfig
 from thinkfast_distill.distributed import World
 from thinkfast_distill.evaluation import Evaluation
 from thinkfast_distill.feed import Feed
@@ -155,6 +155,7 @@ class Trainer:
         self.teacher_config = parts.teacher_config(config)
         self.tokenizer = parts.tokenizer(config)
         parts.check_vocabulary(self.tokenizer, self.teacher_config)
+        self._check_kernels()
         self.log = self._open_log()
         self.teacher = parts.load_teacher(config)
         self._check_later_stages()
@@ -180,6 +181,7 @@ class Trainer:
             feed.close()
         if stage.num_steps % self.config.evaluation.every_steps:  # else it was just done
             self._evaluate(stage)
+        self._log_data(stage, feed)
         self.optimizer = None
         self.progress = dataclasses.replace(
             self.progress, stage=index + 1, stage_step=0, data_state=None
@@ -198,7 +200,7 @@ class Trainer:
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(name in names)
         self.student.to(world.device)
-        if config.compute.activation_checkpointing:
+        if config.compute.activation_checkpointing and stage.kind not in LAYERWISE_STAGES:
             parts.checkpoint_blocks(self.student)
         parts.shard_student(self.student, world)
         if is_unfinished:
@@ -424,6 +426,17 @@ class Trainer:
             + ", ".join(f"{key} {found[key]:.4g}" for key in shown)
         )
 
+    def _log_data(self, stage: StageConfig, feed: Feed) -> None:
+        """Records what a finished stage read of each source, and what was left out and why."""
+        assert self.progress.data_state is not None
+        found = feed.report(self.progress.data_state)
+        self.log.write({**self._record("data", stage), "data": found})
+        for source in found["sources"]:
+            dropped = {reason: count for reason, count in source["dropped"].items() if count}
+            if dropped:
+                reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+                self.log.message(f"source {source['name']}: documents left out: {reasons}")
+
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.compute.precision == "float32":
             return contextlib.nullcontext()
@@ -454,6 +467,18 @@ class Trainer:
             raise recipe.RecipeError(
                 f"evaluation.batch_rows: {rows} must be a multiple of the {self.world.size} ranks."
             )
+
+    def _check_kernels(self) -> None:
+        """Finds a kernel package that is not installed before the teacher is loaded.
+
+        Raises:
+            ImportError: with the install line.
+            ValueError: the package does not have a student's recurrence.
+        """
+        for i in range(self.progress.stage, len(self.config.stages)):
+            sizes = parts.student_config(self.config, self.teacher_config, self.tokenizer, i)
+            with torch.device("meta"):
+                parts.build_student(sizes, self.config.compute.kernels)
 
     def _check_later_stages(self) -> None:
         """Finds what would stop a later stage now, and not after hours of training."""

@@ -28,6 +28,11 @@ KEYS: dict[str, str] = {
 _STAGE_KEYS = ("name", "kind", "tokens", "steps", "metrics")
 
 
+_COLUMNS = """\
+Measured on held-out text. `loss` is the stage's own objective, `baseline` what a student that
+learned nothing has there; all other figures are of the whole model."""
+
+
 def check(card: Mapping[str, Any]) -> None:
     """Raises ValueError if the card has unknown facts or facts of the wrong form."""
     unknown = sorted(set(card) - set(KEYS))
@@ -72,12 +77,13 @@ def render(card: Mapping[str, Any], *, architecture: str) -> str:
     lines += [f"{architecture} with {size}{origin}.", ""]
     if card.get("notes"):
         lines += [str(card["notes"]).strip(), ""]
-    lines += ["## Serve", "", "```console"]
+    lines += ["## Serve", ""]
     if is_student:
-        lines.append("$ pip install vllm-thinkfast")
+        lines += ["With the plugin `vllm-thinkfast` installed beside vLLM:", ""]
+    lines.append("```console")
     lines += ["$ vllm serve ./" + _file_name(name), "```", ""]
     if card.get("stages"):
-        lines += ["## Training", "", *_stages(card["stages"]), ""]
+        lines += ["## Training", "", *_stages(card["stages"]), "", _COLUMNS, ""]
     if card.get("data"):
         total = sum(card["data"].values()) or 1
         lines += ["| source | tokens | share |", "| --- | ---: | ---: |"]
@@ -95,7 +101,9 @@ def render(card: Mapping[str, Any], *, architecture: str) -> str:
 
 
 def _stages(stages: Sequence[Mapping[str, Any]]) -> list[str]:
-    metrics = list(dict.fromkeys(m for stage in stages for m in stage.get("metrics") or {}))
+    # In the order of the stage that has most of them.
+    longest_first = sorted(stages, key=lambda stage: -len(stage.get("metrics") or {}))
+    metrics = list(dict.fromkeys(m for stage in longest_first for m in stage.get("metrics") or {}))
     head = ["stage", "kind", "tokens", "steps", *metrics]
     lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
     for stage in stages:

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from thinkfast_distill.data.source_config import SourceConfig
     from thinkfast_distill.students.backends import Backend
 
-ROOT_METHODS = ("embed", "hidden", "layer", "mixer", "mixer_matrix", "head_weight")
+ROOT_METHODS = (
+    *("embed", "hidden", "layer", "mixer", "mixer_and_layer", "mixer_matrix", "head_weight"),
+)
 """Methods of a student that stages call instead of ``forward``."""
 
 
@@ -268,11 +270,18 @@ def shard_student(student: nn.Module, world: World) -> None:
 
 
 def build_stage(config: RunConfig, index: int, student: nn.Module, teacher: Any) -> Any:
-    """The objective of a stage; teacher None where only names are asked for."""
+    """The objective of a stage; teacher None where only names are asked for.
+
+    Raises:
+        RecipeError: student, teacher and stage do not fit together; names the stage.
+    """
     from thinkfast_distill import stages
 
     stage = config.stages[index]
-    return stages.build(stage, student, teacher, freeze=stage.freeze)
+    try:
+        return stages.build(stage, student, teacher, freeze=stage.freeze)
+    except ValueError as error:
+        raise RecipeError(f"stages.{index}: {error}") from error
 
 
 def end_to_end_objective(stage: StageConfig, student: nn.Module, teacher: Any) -> Any:

@@ -65,7 +65,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
     Args:
         raw: the mapping of a recipe.
         overrides: each ``key=value`` with a dotted key; list items are named by index, or by the
-            ``name`` (else ``kind``) of the item; values are YAML.
+            ``name`` (else ``preset``, else ``kind``) of the item; values are YAML.
 
     Raises:
         RecipeError: no ``=``, or a path that leads through something that is no mapping or list.
@@ -118,7 +118,10 @@ def _set(target: Any, path: list[str], value: Any, override: str) -> None:
 
 def _item_index(items: list[Any], part: str, override: str) -> int:
     names = [
-        item.get("name") or item.get("kind") if isinstance(item, dict) else None for item in items
+        item.get("name") or item.get("preset") or item.get("kind")
+        if isinstance(item, dict)
+        else None
+        for item in items
     ]
     if part.isdigit() and int(part) < len(items):
         return int(part)

@@ -1,8 +1,9 @@
 """Where a run's numbers go: ``log.jsonl``, one progress line, and optionally a dashboard.
 
-``log.jsonl`` has one object per line with ``event`` ("train", "eval", "skip", "session"), the
-stage, its step and the run's step. A resumed run removes what came after the restored checkpoint,
-and a last line that a kill tore, so that the file reads like that of an uninterrupted run.
+``log.jsonl`` has one object per line with ``event`` ("train", "eval", "skip", "data", "session"),
+the stage, its step and the run's step. A resumed run removes what came after the restored
+checkpoint, and a last line that a kill tore, so that the file reads like that of an uninterrupted
+run.
 """
 
 import hashlib

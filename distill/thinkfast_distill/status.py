@@ -99,7 +99,7 @@ def render(found: dict[str, Any]) -> str:
     saved = found["checkpoint"] or "none yet"
     lines.append(f"checkpoint: {saved}")
     if found["skipped_steps"]:
-        lines.append(f"skipped steps (not finite): {found['skipped_steps']}")
+        lines.append(f"steps without an update (see log.jsonl): {found['skipped_steps']}")
     for stage in found["stages"]:
         loss = "" if stage["loss"] is None else f", loss {stage['loss']:.4g}"
         lines.append(f"{stage['name']:<20} {stage['step']}/{stage['total_steps']}{loss}")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -64,10 +65,29 @@ def text_recipe(folder, teacher, data, **more):
         ("data.train.sources=[{kind: jsonl, path: /no/x.jsonl}]", "/no/x.jsonl"),
         ("evaluation.data=other", "'other' is not defined; accepted: held-out, train"),
         ("logging.tracker=wandb", "pip install 'thinkfast-distill[wandb]'"),
+        ("stages.1.freeze=['*']", "stages.1: hidden_state: nothing is trained: train=default"),
+        ("data.train.sources=[{preset: web}]", "sources.0.preset: 'web' is not accepted"),
     ],
 )
 def test_mistakes_in_the_recipe(override, message, teacher, tmp_path, fails):
     assert message in fails(write_recipe(tmp_path, teacher), override, "--run-dir", tmp_path / "r")
+
+
+def test_kernels_that_are_not_installed(teacher, tmp_path, monkeypatch, fails):
+    """Said with the install line before anything large is loaded."""
+    monkeypatch.setitem(sys.modules, "fla.ops.simple_gla", None)
+    monkeypatch.setattr(parts, "load_teacher", lambda config: pytest.fail("loaded"))
+    options = ("compute.kernels=fla", "--run-dir", tmp_path / "run")
+    text = fails(write_recipe(tmp_path, teacher), *options)
+    assert "backend='fla' is not installed" in text
+    assert "pip install 'thinkfast-distill[fla]'" in text
+
+
+def test_nothing_to_train_is_found_by_a_dry_run(teacher, tmp_path, fails):
+    path = write_recipe(tmp_path, teacher)
+    assert "stages.2: end_to_end: nothing is trained" in fails(
+        path, "--dry-run", "stages.2.freeze=['*']"
+    )
 
 
 # -- teacher and student --------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 import copy
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
 from thinkfast_distill import config as config_module
 from thinkfast_distill.config import RunConfig
+from thinkfast_distill.data.source_config import source_config
 from thinkfast_distill.recipe import RecipeError, parse
 
 BASE = {
@@ -51,12 +54,40 @@ def test_base_is_good():
         ({"student": {"kind": "llamba", "layout": {"attention_layers": []}}}, "unknown key"),
         ({"checkpoint": {"keep": 0}}, "checkpoint.keep: 0 must be >= 1"),
         ({"compute": {"assumed_mfu": 2}}, "assumed_mfu: 2.0 is not in 0..1"),
+        ({"data__d__sources": [{"preset": "web"}]}, "data.d.sources.0.preset: 'web' is not"),
+        (
+            {"data__e": {"sources": [], "chat_template": "a.jinja"}, "stages__1__data": "e"},
+            "data.e.chat_template: 'a.jinja', but data.d has None; the template is fixed",
+        ),
     ],
 )
 def test_mistakes(paths, message):
     with pytest.raises(RecipeError, match=message) as caught:
         parse(RunConfig, changed(**paths), "r")
     assert "\n" not in str(caught.value)
+
+
+def test_a_preset_is_resolved_when_the_recipe_is_read():
+    (source,) = (
+        parse(RunConfig, changed(data__d__sources=[{"preset": "finemath-4plus", "skip": 7}]), "r")
+        .data["d"]
+        .sources
+    )
+    assert "preset" not in source
+    assert (source["kind"], source["dataset"]) == ("hub", "HuggingFaceTB/finemath")
+    assert (source["name"], source["skip"]) == ("finemath-4plus", 7)
+
+
+def test_the_paper_s_ablation_is_an_override():
+    """As docs/recipes.md writes it."""
+    root = Path(__file__).resolve().parents[2]
+    (override,) = re.findall(
+        r"'(data\.\S+={preset: openhermes-2\.5.*})'", (root / "docs/recipes.md").read_text()
+    )
+    path = root / "distill/recipes/llama-3.2-1b-llamba.yaml"
+    sources = config_module.load(path, [override]).data["solutions"].sources
+    (found,) = map(source_config, sources)
+    assert (found.dataset, found.epochs) == ("teknium/OpenHermes-2.5", None)
 
 
 def test_training_from_scratch_needs_a_tokenizer():

@@ -132,6 +132,27 @@ def test_stage_cost_by_kind():
     assert flops["hidden_state"].teacher == 2 * teacher.body
     assert flops["matrix_mixing"].student == 6 * student.parameters["ssm"]
     assert flops["hidden_state"].per_token < flops["end_to_end"].per_token
+    # The frozen rest of a layer passes the gradient on and has none itself.
+    frozen = student.parameters["mlp"] + student.parameters["norm"]
+    assert flops["hidden_state"].student == 6 * student.parameters["ssm"] + 4 * frozen
+    config.compute.activation_checkpointing = True
+    for kind in ("matrix_mixing", "hidden_state"):  # the loop does not recompute there
+        stage = run({"kind": "llamba"}, LLAMA_1B, kind=kind).stages[0]
+        assert stage_cost(config, stage, student, teacher).recompute == 0
+
+
+def test_stage_cost_of_hidden_state_leaves_kept_layers_out():
+    hybrid = {"kind": "mambainllama", "layout": {"attention_layers": [3, 7, 11, 15]}}
+    config = run(hybrid, LLAMA_1B, kind="hidden_state")
+    teacher, student = model_cost(LlamaConfig(**LLAMA_1B)), cost_of(hybrid, LLAMA_1B)
+    assert student.mixer_share == 12 / 16
+    stage = config.stages[0]
+    frozen = 0.75 * (student.parameters["mlp"] + student.parameters["norm"])
+    found = stage_cost(config, stage, student, teacher)
+    assert found.student == 6 * student.parameters["ssm"] + 4 * frozen
+    assert found.attention == 2 * stage.seq_len * teacher.attention_width
+    stage.train = "all"
+    assert stage_cost(config, stage, student, teacher).student == 6 * student.body
 
 
 def test_memory_estimate_shards_what_is_sharded():
@@ -151,6 +172,41 @@ def test_memory_estimate_shards_what_is_sharded():
     assert eight.activations == one.activations  # one row each
     config.teacher.placement = "shard"
     assert estimate(8).teacher == one.teacher / 8
+
+
+def test_memory_estimate_counts_the_evaluation():
+    """Stage 1's matrices of a held-out batch: 6 of 32 heads x 8192 x 8192 float32 for each row."""
+    config = run(
+        {"kind": "llamba"},
+        LLAMA_1B,
+        kind="matrix_mixing",
+        seq_len=2048,
+        batch_tokens=8 * 2048,
+        micro_batch_rows=1,
+    )
+    sizes = student_config(config, LlamaConfig(**LLAMA_1B))
+    student, teacher = model_cost(sizes), model_cost(LlamaConfig(**LLAMA_1B))
+
+    def estimate():
+        stage = config.stages[0]
+        return memory_estimate(config, stage, sizes, student, teacher, student.total, 8)
+
+    without = estimate()
+    assert without.evaluation == 0
+    config.data["held-out"] = config.data["d"]
+    config.evaluation.data, config.evaluation.seq_len = "held-out", 8192
+    config.evaluation.batch_rows = 16
+    one_row = estimate()
+    matrices = 6 * 32 * 8192**2 * 4
+    assert matrices < one_row.evaluation < 1.1 * matrices
+    assert one_row.total - without.total == one_row.evaluation - without.activations
+    config.stages[0].micro_batch_rows = None
+    assert estimate().evaluation == 2 * one_row.evaluation  # both rows of a rank at once
+
+
+def test_peak_flops_of_a_gpu_goes_by_the_whole_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L40")
+    assert peak_flops_per_s(torch.device("cuda"), "bfloat16") == (181e12, "data sheet of L40")
 
 
 def test_peak_flops_is_measured_on_a_cpu():

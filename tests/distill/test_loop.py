@@ -62,7 +62,7 @@ def curve(run):
     """(event, stage, step) -> loss; every key once."""
     found = {}
     for record in read_log(run / "log.jsonl"):
-        if record["event"] != "session":
+        if record["event"] in ("train", "skip", "eval"):
             key = (record["event"], record["stage"], record["stage_step"])
             assert key not in found, f"{key} logged twice"
             found[key] = record["loss"]
@@ -151,6 +151,45 @@ def test_resume_on_two_ranks(stop_at, uninterrupted, tmp_path):
     assert ranks == [1, 2, 1]
 
 
+def test_held_out_rows_are_cut_as_those_of_the_stage(tmp_path, monkeypatch):
+    """Otherwise stage 1's matrices of a whole batch would not fit where training does."""
+    rows = {"hidden_state": set(), "end_to_end": set()}
+    for kind, objective in zip(rows, (stand_ins.HiddenState, stand_ins.EndToEnd), strict=True):
+        real = objective.evaluate
+        monkeypatch.setattr(
+            objective,
+            "evaluate",
+            lambda self, batch, real=real, kind=kind: (
+                rows[kind].add(len(batch.input_ids)) or real(self, batch)
+            ),
+        )
+    train(tmp_path / "r.yaml", tmp_path / "run")
+    # One row at a time in stage 1, both of a held-out batch in the last one.
+    assert rows == {"hidden_state": {1}, "end_to_end": {1, 2}}
+
+
+def test_recomputation_only_where_the_backward_pass_spans_the_depth(tmp_path, monkeypatch):
+    wrapped = []
+    monkeypatch.setattr(parts, "checkpoint_blocks", wrapped.append)
+    compute = {"activation_checkpointing": True}
+    train(tmp_path / "r.yaml", tmp_path / "run", max_steps=6, compute=compute)
+    assert wrapped == []
+    train(tmp_path / "r.yaml", tmp_path / "run", compute=compute)
+    assert len(wrapped) == 1
+
+
+def test_what_a_stage_read_is_recorded_at_its_end(uninterrupted, tmp_path, capsys):
+    """Up to the last batch that was trained on, not the last one that was prepared."""
+    records = read_log(uninterrupted / "run/log.jsonl")
+    found = [(r["stage"], r["stage_step"], r["data"]) for r in records if r["event"] == "data"]
+    assert [(stage, step) for stage, step, _ in found] == [("hidden_state", 6), ("end_to_end", 6)]
+    for _, _, data in found:
+        assert data["sources"][0]["dropped"]["ngram"] == 6
+    recipe = stand_ins.write_recipe(tmp_path / "r.yaml")
+    assert cli.main(f"run {recipe} --run-dir {tmp_path / 'run'} --max-steps 6".split()) == 0
+    assert "source data: documents left out: 6 ngram" in capsys.readouterr().err
+
+
 def test_max_steps_stops_saved_and_keeps_the_schedule(uninterrupted, tmp_path):
     train(tmp_path / "r.yaml", tmp_path / "run", max_steps=5)
     assert train(tmp_path / "r.yaml", tmp_path / "run", max_steps=5).step == 5
@@ -184,6 +223,10 @@ def test_checkpoint_of_another_recipe_names_the_keys(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
     # What does not change the result may differ.
     free = {"checkpoint": {"every_steps": 1}, "logging": {"peak_flops_per_s": 1e9}}
+    stages = [dict(stage) for stage in stand_ins.RECIPE["stages"]]
+    stages[0]["micro_batch_rows"] = 2
+    stages[1]["loss"] = {"chunk_tokens": 7}
+    free |= {"stages": stages, "teacher": {"model": "none", "placement": "shard"}}
     assert train(tmp_path / "r.yaml", tmp_path / "run", max_steps=2, **free).step == 2
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from thinkfast_distill.run_log import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "distill" / "recipes"
+RECIPES_PAGE = ROOT / "docs" / "recipes.md"
 
 
 def two_ranks(folder, *words):
@@ -32,7 +34,7 @@ def curve(folder):
     return {
         (r["event"], r["stage"], r["stage_step"]): r["loss"]
         for r in records
-        if r["event"] != "session"
+        if r["event"] in ("train", "eval")
     }
 
 
@@ -151,6 +153,69 @@ def test_pretrain_export_distil(tmp_path):
         assert "end_to_end" in card
 
 
+def test_log_says_what_each_stage_read(llamba):
+    records = read_log(llamba / "run" / "log.jsonl")
+    found = [r for r in records if r["event"] == "data"]
+    assert [r["stage"] for r in found] == ["matrix_mixing", "hidden_state", "end_to_end"]
+    before = 0
+    for record in found:
+        (source,) = record["data"]["sources"]
+        assert source["name"] == "arith-train-4-4"
+        trained = max(
+            r["source_tokens"]["arith-train-4-4"]
+            for r in records
+            if r["event"] == "train" and r["stage"] == record["stage"]
+        )
+        waiting = source["tokens"] - (trained - before)  # documents for the next batch
+        assert 0 <= waiting < 2 * 256
+        before = trained
+        assert source["dropped"] == {"exact": 0, "ngram": 0, "long": 0}
+        assert record["data"]["decontamination"] is None
+
+
+def test_card_has_each_stage_s_own_loss(llamba, tmp_path):
+    """In stages 1 and 2 the plain "loss" of the log is the end-to-end one."""
+    assert cli.main(["export", str(llamba / "run"), str(tmp_path / "out")]) == 0
+    measured = {
+        (r["stage"], r["stage_step"]): r
+        for r in read_log(llamba / "run" / "log.jsonl")
+        if r["event"] == "eval"
+    }
+    facts = json.loads((tmp_path / "out" / "thinkfast_export.json").read_text())
+    start, *stages = facts["stages"]
+    first = measured["matrix_mixing", 0]
+    assert start["name"] == "start"
+    assert start["tokens"] == 0
+    assert start["metrics"]["reverse_kl"] == pytest.approx(first["reverse_kl"])
+    assert "loss" not in start["metrics"]
+    for stage in stages:
+        before, after = (measured[stage["name"], step] for step in (0, 3))
+        is_last = stage["name"] == "end_to_end"
+        for key, record in (("loss before", before), ("loss", after), ("baseline", after)):
+            name = key.split()[0]
+            expected = record.get(name if is_last else f"{stage['kind']}_{name}")
+            assert stage["metrics"].get(key) == pytest.approx(expected), (stage["name"], key)
+        assert ("baseline" in stage["metrics"]) != is_last
+        assert stage["metrics"]["reverse_kl"] == pytest.approx(after["reverse_kl"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| tokens | steps | loss before | loss | baseline | reverse_kl |" in card
+    assert "| start |" in card
+
+
+def test_commands_in_recipes_and_help_name_files_that_exist(capsys):
+    """As typed in the root of the checkout, where models like thinkfast/llama-tiny are found."""
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for path in (*RECIPES.glob("*.yaml"), *(ROOT / "distill" / "slurm").iterdir()):
+        lines += path.read_text().splitlines()
+    commands = [line for line in lines if "thinkfast" in line or "sbatch" in line]
+    named = [word for line in commands for word in line.split() if word.endswith(".yaml")]
+    assert len(named) >= 8
+    for word in named:
+        assert (ROOT / word).is_file(), word
+
+
 def test_status(llamba, capsys):
     assert cli.main(["status", str(llamba / "run"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -169,7 +234,8 @@ def test_checkpoint_states_its_origin(llamba):
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.yaml")))
-def test_dry_run_of_every_recipe_without_its_teacher(name, teacher, capsys):
+def test_dry_run_of_every_recipe_without_its_teacher(name, teacher, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
     needs_teacher = name == "sft.yaml" or (name.startswith("arith") and "teacher" not in name)
     options = [f"teacher.model={teacher}"] if needs_teacher else []
     code = cli.main(["run", str(RECIPES / name), *options, "--dry-run", "--json"])
@@ -178,6 +244,11 @@ def test_dry_run_of_every_recipe_without_its_teacher(name, teacher, capsys):
     found = json.loads(captured.out)
     assert found["device_hours"] > 0
     assert all(stage["trainable_parameters"] > 0 for stage in found["stages"])
+    hours = re.findall(rf"^\| `{name[:-5]}` \| (\d+) \|$", RECIPES_PAGE.read_text(), re.M)
+    assert len(hours) == name.startswith("llama-3.2")
+    assert all(f"{found['device_hours']:.0f}" == h for h in hours), "docs/recipes.md"
+    # Held-out batches included; the large recipes are for 8 GPUs with 80 GB.
+    assert all(stage["memory_bytes_per_device"]["all"] < 72e9 for stage in found["stages"])
 
 
 @pytest.mark.parametrize("words", [["status", "nowhere"], ["export", "nowhere", "out"]])

@@ -1,11 +1,14 @@
 """The recipes of the study are valid and change one thing each; tables and figure."""
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from scripts import tiny_models, tiny_study
 from scripts.tiny_models import RECIPES
 from scripts.tiny_study import BATCH_TOKENS, STAGES, Variant, draw, tables, variants
 from thinkfast_distill.config import load
@@ -70,6 +73,74 @@ def test_tables_and_figure(tmp_path: Path) -> None:
     assert "0.200 (0.100 to 0.300) | 0.750 (0.750 to 0.750) |" in text
     draw(study, tmp_path / "study.png")
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _model(folder: Path, weights: bytes) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(weights)
+    return folder
+
+
+def test_samples_of_another_model_in_the_same_folder_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+
+    def lm_eval(command: list[str], log: Path, name: str) -> None:
+        calls.append(command)
+        found = tmp_path / "work" / "lm_eval" / f"results_{len(calls)}.json"
+        found.parent.mkdir(exist_ok=True)
+        metrics = {"alias": "arith_passk", "pass@1,all": len(calls) / 10}
+        found.write_text(json.dumps({"results": {"arith_passk": metrics}}))
+        os.utime(found, (len(calls), len(calls)))
+
+    monkeypatch.setattr(tiny_study, "call", lm_eval)
+
+    def pass_at_1(weights: bytes) -> float:
+        model = _model(tmp_path / "model", weights)
+        return tiny_study.sample(model, tmp_path / "work", 5, 2)["pass@1"]
+
+    assert [pass_at_1(weights) for weights in (b"a", b"a", b"b", b"a")] == [0.1, 0.1, 0.2, 0.1]
+
+
+def test_runs_of_another_teacher_or_recipe_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[tuple[Path, int]] = []
+
+    def train(recipe: Path, run: Path, overrides: list[str], max_steps: int) -> None:
+        trained.append((run, max_steps))
+        run.mkdir(parents=True, exist_ok=True)
+        record = {"event": "eval", "tokens": 0, "reverse_kl": 1, "forward_kl": 1}
+        record["top1_agreement"] = 0.5
+        lines = [json.dumps({**record, "stage": stage}) for stage in STAGES]
+        (run / "log.jsonl").write_text("\n".join(lines))
+
+    monkeypatch.setattr(tiny_study, "train", train)
+    monkeypatch.setattr(tiny_study, "export", lambda run, out: _model(out, b"w"))
+    monkeypatch.setattr(tiny_study, "sample", lambda *arguments: {"pass@1": 0.5})
+    teacher = _model(tmp_path / "teacher", b"one")
+    monkeypatch.setattr(tiny_study, "TEACHER", teacher)
+    (variant,) = (v for v in VARIANTS if v.name == "hybrid, reverse KL only")
+    for _ in range(2):  # the trainer is asked each time: it alone knows whether the run is this one
+        tiny_study.run_variant(variant, tmp_path / "runs", 0)
+    _model(teacher, b"two")
+    tiny_study.run_variant(variant, tmp_path / "runs", 0)
+    runs = [run for run, _ in trained]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_failure_has_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(command: list[str], log: Path, name: str) -> None:
+        raise tiny_models.TrainingError(f"{name}: ended with code 2")
+
+    monkeypatch.setattr(tiny_models, "call", fail)
+    words = ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
+    assert tiny_models.main(words) == 2
+    assert capsys.readouterr().err == "error: llama-tiny: ended with code 2\n"
 
 
 def test_write_leaves_the_shipped_recipe_as_it_is(tmp_path: Path) -> None:

@@ -410,6 +410,25 @@ def _wrong_lines(one: Problem, rng: Random, kind: Mistake, place: int) -> list[s
     return [*lines, f"#### {value}"]
 
 
+def wrong_result(line: str, rng: Random, farthest: int, max_value: int) -> str:
+    """A line of a solution with another result, from 1 to ``farthest`` away.
+
+    Distances are drawn uniformly by order of magnitude. What is far off is found before what is off
+    by one: a small model that saw only near misses learnt nothing from 40,000 of them.
+
+    Args:
+        line: ``month: a+b=c``.
+        rng: decides the number.
+        farthest: largest distance.
+        max_value: largest result.
+    """
+    left, right = line.split("=")
+    by = max(1, round(farthest ** rng.random()))
+    sign = 1 if rng.random() < 0.5 else -1
+    results = [int(right) + sign * by, int(right) - sign * by, int(right) + 1, int(right) - 1]
+    return f"{left}={next(n for n in results if 0 <= n <= max_value)}"
+
+
 # -- command --------------------------------------------------------------------------------------
 
 

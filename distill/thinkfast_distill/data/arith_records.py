@@ -52,7 +52,10 @@ class ArithRecords:
 
 
 class ArithStepRecords:
-    """Solutions with step labels made on the fly: right ones, and some with a planted mistake."""
+    """Solutions with step labels made on the fly: right ones, and some with a planted mistake.
+
+    Or single steps of such solutions.
+    """
 
     def __init__(self, config: ArithSourceConfig) -> None:
         self._config = config
@@ -62,13 +65,21 @@ class ArithStepRecords:
         return len(self._problems)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        """The solution; a function of seed, split and index."""
+        """The solution, or one of its steps; a function of seed, split and index."""
         config = self._config
         one = self._problems.problem(index)
         rng = Random(f"arith/{config.problem_seed}/{config.split}/{index}/mistake")
         assert config.mistakes is not None
         is_wrong = rng.random() < config.mistakes
-        solution = arith.with_mistake(one, rng) if is_wrong else arith.right_solution(one)
+        if config.single_steps:
+            line = rng.choice(one.steps[: len(one.operations)])
+            if is_wrong:
+                line = arith.wrong_result(line, rng, config.single_steps, config.max_value)
+            return {"steps": [line], "labels": [not is_wrong]}
+        if is_wrong:
+            solution = arith.with_mistake(one, rng, config.mistake)
+        else:
+            solution = arith.right_solution(one)
         return {
             "question": one.question,
             "steps": list(solution.steps),

@@ -113,7 +113,7 @@ class RecordFormat:
     """``chat``: the list; turns are {role, content}, or ShareGPT's {from, value}."""
 
     question_field: str = "question"
-    """``steps``: the problem."""
+    """``steps``: the problem; empty: the steps are shown without one."""
 
     steps_field: str = "steps"
     """``steps``: list of texts."""
@@ -163,7 +163,7 @@ class RecordFormat:
             ]
         elif self.layout == "steps":
             turns = labelled_turns(
-                string_field(record, self.question_field),
+                string_field(record, self.question_field) if self.question_field else "",
                 _field(record, self.steps_field),
                 _field(record, self.labels_field),
                 self.last_step,

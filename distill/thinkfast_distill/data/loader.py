@@ -80,7 +80,10 @@ class Loader:
         self._decontaminator = Decontaminator.from_files(decontaminate) if decontaminate else None
         self._mixture = Mixture(
             self._configs,
-            [open_source(config, self._formatter, seed) for config in self._configs],
+            [
+                open_source(config, self._formatter, seed, self._decontaminator)
+                for config in self._configs
+            ],
             max_piece_tokens=seq_len,
             max_document_tokens=max_document_tokens,
             decontaminator=self._decontaminator,
@@ -88,7 +91,7 @@ class Loader:
         self._packer = Packer(batch_rows_global, seq_len)
         self._step = 0
         settings = [
-            [{**vars(config), "label": config.label} for config in self._configs],
+            [{**config.settings(), "label": config.label} for config in self._configs],
             [seq_len, batch_rows_global, seed, self._loss_on, max_document_tokens],
             [self._formatter.fingerprint, self._formatter.template_fingerprint],
             None if self._decontaminator is None else self._decontaminator.fingerprint,
@@ -185,9 +188,13 @@ class Loader:
         self._mixture.load_state(state["sources"])
         self._packer.waiting = [self._mixture.restore(entry) for entry in state["waiting"]]
 
-    def report(self) -> dict[str, Any]:
-        """What was read so far, for the run's record: per source and in total, JSON-able."""
-        sources = self._mixture.state()
+    def report(self, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What was read, for the run's record: per source and in total, JSON-able.
+
+        Args:
+            state: up to this `state`; None: up to now.
+        """
+        sources = self._mixture.state() if state is None else state["sources"]
         total = sum(one["tokens"] for one in sources)
         known = self._decontaminator
         return {

@@ -6,6 +6,7 @@
 ``meta.json``       counts, and fingerprints of tokenizer, chat template and evaluation problems
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class MemmapReader:
             DataError: no such folder, incomplete, of another tokenizer or another chat template.
         """
         self.meta = read_meta(folder)
+        self._folder = folder
         self._check(folder, formatter)
         self._offsets: NDArray[np.int64] = np.fromfile(folder / OFFSETS, dtype=np.int64)
         self._tokens: NDArray[np.uint32] = np.memmap(folder / TOKENS, dtype=np.uint32, mode="r")
@@ -62,6 +64,31 @@ class MemmapReader:
             file = folder / name
             if not file.is_file() or file.stat().st_size != size:
                 raise DataError(f"{file} should have {size} bytes; copy or tokenise it again")
+
+    def check_decontamination(self, fingerprint: str) -> None:
+        """Refuses a folder that was not decontaminated against the run's evaluation problems.
+
+        Its documents are tokens, in which the problems could not be found any more.
+
+        Args:
+            fingerprint: of the run's `Decontaminator`.
+
+        Raises:
+            DataError: it was made without decontamination, or against other problems.
+        """
+        made = self.meta.get("decontamination")
+        if made is None or made["fingerprint"] != fingerprint:
+            how = "without decontamination" if made is None else "against other problems"
+            raise DataError(
+                f"{self._folder} was made {how}, but the mixture has decontaminate; tokenise again "
+                "with --decontaminate and the same files"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the description: source, settings and counts."""
+        text = json.dumps(self.meta, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self._offsets) - 1

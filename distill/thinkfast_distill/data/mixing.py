@@ -200,14 +200,30 @@ class Mixture:
                 "tokens": state.tokens,
                 "dropped": dict(state.dropped),
                 "last_used": state.last_used,
+                "contents": dict(source.contents),
             }
-            for config, state in zip(self._configs, self.states, strict=True)
+            for config, state, source in zip(self._configs, self.states, self._sources, strict=True)
         ]
 
     def load_state(self, saved: Sequence[dict[str, Any]]) -> None:
-        """Continues from `state`."""
+        """Continues from `state`.
+
+        Raises:
+            DataError: a source does not hold what it held then, so its order would be another.
+        """
+        for one, source in zip(saved, self._sources, strict=True):
+            # Not there if an earlier version saved the state.
+            before, now = one.get("contents"), dict(source.contents)
+            if before is not None and before != now:
+                key = next(k for k in {**before, **now} if before.get(k) != now.get(k))
+                raise DataError(
+                    f"source {source.name}: its data has changed since the run was saved ({key}: "
+                    f"then {before.get(key)}, now {now.get(key)}), so the rest would come in "
+                    "another order; restore the data, or start a new run folder"
+                )
+        not_progress = ("name", "contents")
         self.states = [
-            SourceState(**{key: value for key, value in one.items() if key != "name"})
+            SourceState(**{key: value for key, value in one.items() if key not in not_progress})
             for one in saved
         ]
         for state in self.states:

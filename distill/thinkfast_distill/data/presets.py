@@ -1,4 +1,4 @@
-"""The paper's data (arXiv 2502.20339), as sources and mixtures for recipes.
+"""The paper's data (arXiv 2502.20339), as sources that recipes take by name (``preset: NAME``).
 
 8 billion tokens: 4 of FineMath-4+ (raw web pages) and 4 of OpenMathInstruct-2 (problems with
 solutions by Llama-3.1-405B). Its ablation takes OpenHermes-2.5 in place of OpenMathInstruct-2.
@@ -6,7 +6,10 @@ Field names and sizes are those of the data sets' cards; revisions are left open
 ``revision`` for a run worth repeating.
 """
 
+from collections.abc import Mapping
 from typing import Any
+
+from thinkfast_distill.recipe import RecipeError
 
 SOURCES: dict[str, dict[str, Any]] = {
     # 6.7 million pages, 9.6 billion tokens, ODC-BY.
@@ -37,16 +40,24 @@ SOURCES: dict[str, dict[str, Any]] = {
     },
 }
 
-_BILLION = 1_000_000_000
 
-MIXTURES: dict[str, list[dict[str, Any]]] = {
-    "paper": [
-        SOURCES["finemath-4plus"] | {"tokens": 4 * _BILLION},
-        SOURCES["openmathinstruct-2"] | {"tokens": 4 * _BILLION},
-    ],
-    # OpenHermes-2.5 is smaller than its budget, so it is read several times.
-    "openhermes-ablation": [
-        SOURCES["finemath-4plus"] | {"tokens": 4 * _BILLION},
-        SOURCES["openhermes-2.5"] | {"tokens": 4 * _BILLION, "epochs": None},
-    ],
-}
+def expand(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The keys of a source, with those of its preset; sources without one stay as they are.
+
+    Args:
+        raw: a source of a recipe.
+        where: its place, for messages.
+
+    Raises:
+        RecipeError: no preset of that name, or a kind beside it.
+    """
+    if "preset" not in raw:
+        return dict(raw)
+    name = raw["preset"]
+    if name not in SOURCES:
+        raise RecipeError(
+            f"{where}.preset: {name!r} is not accepted; accepted: {', '.join(SOURCES)}."
+        )
+    if "kind" in raw:
+        raise RecipeError(f"{where}.kind: {raw['kind']!r}: give preset or kind, not both.")
+    return SOURCES[name] | {key: value for key, value in raw.items() if key != "preset"}

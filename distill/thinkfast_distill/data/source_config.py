@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from thinkfast_distill.data import arith
 from thinkfast_distill.data.errors import DataError
@@ -17,6 +17,9 @@ LossOn = Literal["all", "completion"]
 @dataclass(kw_only=True)
 class SourceConfig:
     """What all kinds of sources share."""
+
+    ADDED_FIELDS: ClassVar[tuple[str, ...]] = ()
+    """Fields, false or 0 by default, that this kind did not have in earlier versions."""
 
     kind: str
     """``jsonl``, ``parquet``, ``memmap``, ``hub`` or ``arith``."""
@@ -64,6 +67,15 @@ class SourceConfig:
     def has_step_labels(self) -> bool:
         """Whether the documents are conversations with step labels, for a process reward model."""
         return False
+
+    def settings(self) -> dict[str, Any]:
+        """All fields, for fingerprints and records of what was read.
+
+        Fields that were added later are left out at their default, so that what was written before
+        they existed still compares equal.
+        """
+        added = self.ADDED_FIELDS
+        return {key: value for key, value in vars(self).items() if key not in added or value}
 
     def _default_name(self) -> str:
         return self.kind
@@ -138,8 +150,21 @@ class FileSourceConfig(RecordSourceConfig):
 class MemmapSourceConfig(SourceConfig):
     """``memmap``: a folder written by ``python -m thinkfast_distill.data.tokenise``."""
 
+    ADDED_FIELDS: ClassVar[tuple[str, ...]] = ("step_labels", "learn_steps")
+
     path: str
     """The folder."""
+
+    step_labels: bool = False
+    """Whether its documents are conversations with step labels; the folder must agree."""
+
+    learn_steps: bool = False
+    """With step labels, whether the texts of right steps are targets too; the folder must agree."""
+
+    @property
+    def has_step_labels(self) -> bool:
+        """See `SourceConfig`."""
+        return self.step_labels
 
     def _default_name(self) -> str:
         return Path(self.path).name
@@ -148,6 +173,8 @@ class MemmapSourceConfig(SourceConfig):
 @dataclass(kw_only=True)
 class HubSourceConfig(RecordSourceConfig):
     """``hub``: a data set of the Hugging Face hub, streamed."""
+
+    ADDED_FIELDS: ClassVar[tuple[str, ...]] = ("skip",)
 
     dataset: str
     """Repository name, or the name of a loader of the datasets library."""
@@ -167,6 +194,14 @@ class HubSourceConfig(RecordSourceConfig):
     shuffle_window: int = 10_000
     """Records that are read, and permuted, at once; 1 keeps the data set's order."""
 
+    skip: int = 0
+    """Records at the beginning that are left out, for example because they are held out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.skip < 0:
+            raise RecipeError(f"skip: {self.skip} must be >= 0.")
+
     def _default_name(self) -> str:
         return self.dataset.rpartition("/")[2]
 
@@ -174,6 +209,8 @@ class HubSourceConfig(RecordSourceConfig):
 @dataclass(kw_only=True)
 class ArithSourceConfig(SourceConfig):
     """``arith``: problems made on the fly, see `thinkfast_distill.data.arith`."""
+
+    ADDED_FIELDS: ClassVar[tuple[str, ...]] = ("mistake", "single_steps")
 
     split: arith.Split = "train"
     """``train``, ``validation`` or ``test``; no text occurs in two of them."""
@@ -210,10 +247,24 @@ class ArithSourceConfig(SourceConfig):
     learn_steps: bool = False
     """Whether the texts of right steps are targets too, see `step_labels`."""
 
+    mistake: arith.Mistake | None = None
+    """The one kind of mistake to plant; null: any. See `arith.with_mistake`."""
+
+    single_steps: int | None = None
+    """With ``mistakes``: documents are single steps without their problem, and wrong ones have a
+    result up to this far from the right one. See `arith.wrong_result`."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.mistakes is not None and not 0 <= self.mistakes <= 1:
             raise RecipeError(f"mistakes: {self.mistakes} must lie between 0 and 1, or be null.")
+        for key in ("mistake", "single_steps"):
+            if getattr(self, key) and self.mistakes is None:
+                raise RecipeError(f"{key}: give mistakes too, the part that has one.")
+        if self.single_steps is not None and self.single_steps < 1:
+            raise RecipeError(f"single_steps: {self.single_steps} must be >= 1, or be null.")
+        if self.single_steps and self.mistake:
+            raise RecipeError("single_steps: leave out mistake.")
         if self.mistakes is not None and self.samples is not None:
             raise RecipeError("samples: give mistakes or samples, not both.")
 
@@ -226,6 +277,12 @@ class ArithSourceConfig(SourceConfig):
         if self.samples is not None:
             return Path(self.samples).stem
         ending = "" if self.mistakes is None else "-step-labels"
+        if self.single_steps:
+            ending += f"-single-{self.single_steps}"
+        elif self.mistake:
+            ending += f"-{self.mistake}"
+        if self.learn_steps:
+            ending += "-learnt"
         return f"arith-{self.split}-{self.min_steps}-{self.max_steps}{ending}"
 
 

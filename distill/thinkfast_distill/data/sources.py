@@ -24,9 +24,10 @@ from thinkfast_distill.data.arith_records import (
     ArithSampleRecords,
     ArithStepRecords,
 )
+from thinkfast_distill.data.decontaminate import Decontaminator
 from thinkfast_distill.data.errors import DataError
 from thinkfast_distill.data.formatting import Formatter, RecordFormat, Tokenised
-from thinkfast_distill.data.memmap import MemmapReader
+from thinkfast_distill.data.memmap import META, MemmapReader
 from thinkfast_distill.data.order import Permutation
 from thinkfast_distill.data.source_config import (
     ArithSourceConfig,
@@ -34,6 +35,7 @@ from thinkfast_distill.data.source_config import (
     HubSourceConfig,
     MemmapSourceConfig,
     SourceConfig,
+    source_config,
 )
 
 # -- documents ------------------------------------------------------------------------------------
@@ -55,7 +57,7 @@ class Document:
         Args:
             name: ``source:index``.
             tokenise: makes the tokens.
-            texts: its turns, for decontamination; None where that was done before.
+            texts: its turns, for decontamination; None where that was done before (memmaps).
             num_tokens: its length if it is known without tokenising.
         """
         self.name = name
@@ -79,6 +81,10 @@ class Source(Protocol):
     """Documents by epoch and position."""
 
     name: str
+
+    contents: Mapping[str, Any]
+    """What the order rests on besides the settings, JSON-able: a run must not be continued with
+    another one. Empty for streams, which do not know it."""
 
     def fetch(self, epoch: int, position: int) -> Document | None:
         """The document at a position of a pass, or None if the pass has ended before."""
@@ -108,6 +114,7 @@ class RecordSource:
     ) -> None:
         """Checks the first record, so that a wrong field is reported before training starts."""
         self.name = name
+        self.contents: Mapping[str, Any] = {"records": len(records)}
         self._records, self._format, self._formatter = records, record_format, formatter
         self._order = functools.lru_cache(2)(
             lambda epoch: Permutation(len(records), seed, name, epoch)
@@ -284,6 +291,7 @@ class MemmapSource:
 
     def __init__(self, name: str, reader: MemmapReader, seed: int) -> None:
         self.name = name
+        self.contents: Mapping[str, Any] = {"documents": len(reader), "folder": reader.fingerprint}
         self._reader = reader
         self._order = functools.lru_cache(2)(
             lambda epoch: Permutation(len(reader), seed, name, epoch)
@@ -312,22 +320,25 @@ class StreamSource:
         formatter: Formatter,
         seed: int,
         window: int,
+        first_record: int = 0,
     ) -> None:
         """Opens nothing yet.
 
         Args:
             name: label.
-            open_at: starts the stream at a record.
+            open_at: starts the stream at a record; it leaves out ``first_record`` records itself.
             record_format: fields.
             formatter: makes tokens.
             seed: of the order inside windows.
             window: records read at once.
+            first_record: number of the first record, for the names of documents.
         """
         if window < 1:
             raise DataError(f"source {name}: shuffle_window: {window} must be at least 1")
         self.name = name
+        self.contents: Mapping[str, Any] = {}
         self._open_at, self._format, self._formatter = open_at, record_format, formatter
-        self._seed, self._window = seed, window
+        self._seed, self._window, self._first_record = seed, window, first_record
         self._stream: Iterator[Mapping[str, Any]] | None = None
         self._block = -1
         self._records: list[Mapping[str, Any]] = []
@@ -341,7 +352,7 @@ class StreamSource:
             return None
         order = Permutation(len(self._records), self._seed, self.name, epoch, block)
         at = order[offset]
-        index = block * self._window + at
+        index = self._first_record + block * self._window + at
         name = f"{self.name}:{index}"
         return _record_document(
             name, self._records[at], self._format, self._formatter, lambda: f"record {name}"
@@ -377,6 +388,7 @@ def _hub_stream(config: HubSourceConfig) -> Callable[[int], Iterator[Mapping[str
             data_files=config.data_files,
             streaming=True,
         )
+        first += config.skip
         return iter(stream.skip(first) if first else stream)
 
     return open_at
@@ -395,32 +407,73 @@ def _files(config: FileSourceConfig) -> list[Path]:
     return found
 
 
-def open_source(config: SourceConfig, formatter: Formatter, seed: int) -> Source:
+def open_source(
+    config: SourceConfig,
+    formatter: Formatter,
+    seed: int,
+    decontaminator: Decontaminator | None = None,
+) -> Source:
     """Opens a source.
 
     Args:
         config: what and where.
         formatter: makes tokens; a memmap must have been made with the same.
         seed: of the order.
+        decontaminator: of the mixture, or None; a memmap, which holds no texts to look at, must
+            have been made with the same.
 
     Raises:
         DataError: the source cannot be used; the message names it.
     """
     try:
-        return _open(config, formatter, seed)
+        return _open(config, formatter, seed, decontaminator)
     except DataError as error:
         raise DataError(f"source {config.label}: {error}") from error
 
 
-def _open(config: SourceConfig, formatter: Formatter, seed: int) -> Source:
+def _open(
+    config: SourceConfig, formatter: Formatter, seed: int, decontaminator: Decontaminator | None
+) -> Source:
     name = config.label
     if isinstance(config, MemmapSourceConfig):
-        return MemmapSource(name, MemmapReader(Path(config.path), formatter), seed)
+        return _open_memmap(config, formatter, seed, decontaminator)
     if isinstance(config, HubSourceConfig):
         return StreamSource(
-            name, _hub_stream(config), config.format(), formatter, seed, config.shuffle_window
+            name,
+            _hub_stream(config),
+            config.format(),
+            formatter,
+            seed,
+            config.shuffle_window,
+            config.skip,
         )
     return RecordSource(name, *_records(config), formatter, seed)
+
+
+def _open_memmap(
+    config: MemmapSourceConfig,
+    formatter: Formatter,
+    seed: int,
+    decontaminator: Decontaminator | None,
+) -> MemmapSource:
+    reader = MemmapReader(Path(config.path), formatter)
+    if decontaminator is not None:
+        reader.check_decontamination(decontaminator.fingerprint)
+    made_from = source_config(reader.meta["source"], f"{config.path}/{META}: source")
+    has_labels = made_from.has_step_labels
+    # As the recipe must write it; whoever reads the recipe alone must know what is learned.
+    wanted = {
+        "step_labels": has_labels,
+        "learn_steps": has_labels and bool(getattr(made_from, "learn_steps", False)),
+    }
+    for key, value in wanted.items():
+        if getattr(config, key) != value:
+            what = "conversations with step labels" if has_labels else "no step labels"
+            raise DataError(
+                f"{key}: {str(getattr(config, key)).lower()}, but {config.path} was made of {what} "
+                f"with {key}: {str(value).lower()}; write that in the recipe"
+            )
+    return MemmapSource(config.label, reader, seed)
 
 
 def _records(config: SourceConfig) -> tuple[Records, RecordFormat]:
@@ -428,7 +481,10 @@ def _records(config: SourceConfig) -> tuple[Records, RecordFormat]:
     if isinstance(config, ArithSourceConfig):
         if config.has_step_labels:
             record_format = RecordFormat(
-                layout="steps", last_step=config.last_step, learn_steps=config.learn_steps
+                layout="steps",
+                question_field="" if config.single_steps else "question",
+                last_step=config.last_step,
+                learn_steps=config.learn_steps,
             )
             if config.samples is None:
                 return ArithStepRecords(config), record_format
@@ -450,7 +506,7 @@ def read_in_order(config: SourceConfig, formatter: Formatter, first: int = 0) ->
     """
     if isinstance(config, HubSourceConfig):
         stream = _hub_stream(config)(first)
-        for at, record in enumerate(stream, start=first):
+        for at, record in enumerate(stream, start=config.skip + first):
             name = f"{config.label}:{at}"
             yield _record_document(name, record, config.format(), formatter, name.__str__)
         return

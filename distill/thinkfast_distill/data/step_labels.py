@@ -48,7 +48,7 @@ def labelled_turns(
     """The conversation about one solution.
 
     Args:
-        question: the problem.
+        question: the problem; empty: the first turn is the first step.
         steps: texts of the steps.
         labels: for each step true or "+", false or "-".
         last_step: where the conversation about a wrong solution ends; the choice among several
@@ -68,9 +68,9 @@ def labelled_turns(
     turns: list[tuple[str, str]] = []
     for i, text in enumerate(texts[: end + 1]):
         if learn_steps and is_right[i]:
-            turns += [*([("user", question.strip())] if i == 0 else []), (STEP, text)]
+            turns += [*([("user", question.strip())] if i == 0 and question else []), (STEP, text)]
         else:
-            turns.append(("user", f"{question.strip()} {text}" if i == 0 else text))
+            turns.append(("user", f"{question.strip()} {text}".strip() if i == 0 else text))
         if i < end:
             turns.append((LABEL if is_right[i] else SHOWN, GOOD))
     turns.append((LABEL, GOOD if is_right[end] else BAD))

@@ -27,7 +27,7 @@ from thinkfast_distill.data.memmap import (
     OFFSETS,
     TOKENS,
 )
-from thinkfast_distill.data.presets import SOURCES
+from thinkfast_distill.data.presets import SOURCES, expand
 from thinkfast_distill.data.source_config import (
     ArithSourceConfig,
     MemmapSourceConfig,
@@ -170,7 +170,11 @@ def tokenise(
     """
     if isinstance(config, MemmapSourceConfig):
         raise DataError("kind: memmap is tokenised already")
-    source = {k: v for k, v in vars(config).items() if k not in ("tokens", "weight", "epochs")}
+    source = {
+        key: value
+        for key, value in config.settings().items()
+        if key not in ("tokens", "weight", "epochs")
+    }
     layout = config.layout if isinstance(config, RecordSourceConfig) else "prompt"
     settings = {
         "source": source,
@@ -258,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             max_document_tokens=options.max_document_tokens,
             decontaminator=Decontaminator.from_files(files) if files else None,
         )
-    except (DataError, OSError) as error:
+    except (ValueError, OSError) as error:  # DataError, RecipeError
         sys.stderr.write(f"error: {error}\n")
         return 2
     sys.stdout.write(
@@ -280,7 +284,7 @@ def _source(text: str) -> SourceConfig:
         raise DataError(
             f"source {text!r}: give one of {', '.join(SOURCES)}, or '{{kind: jsonl, path: FILE}}'"
         )
-    config = source_config(raw, "source")
+    config = source_config(expand(raw, "source"), "source")
     if isinstance(config, ArithSourceConfig) and "num" not in raw:
         raise DataError("source: arith has no end; give num")
     return config

@@ -48,7 +48,8 @@ class Stage(ABC):
             freeze: patterns (``fnmatch``) of parameter names that must not move.
 
         Raises:
-            ValueError: a pattern that matches nothing, or parts that do not fit together.
+            ValueError: a pattern that matches nothing, parts that do not fit together, or nothing
+                left to train.
         """
         self.student: Any = student
         self.teacher = teacher
@@ -61,6 +62,12 @@ class Stage(ABC):
                 )
         self._freeze = tuple(freeze)
         self._check()
+        if not self.trainable_parameters():
+            raise ValueError(
+                f"{self.kind}: nothing is trained: train={config.train} and freeze="
+                f"{list(freeze)} leave none of the student's parameters; change them, or leave "
+                "the stage out."
+            )
 
     def trainable_parameters(self) -> list[str]:
         """Names of the parameters that the stage trains, in the student's order."""

@@ -53,11 +53,15 @@ class HiddenState(LayerwiseStage):
         batch: PackedBatch,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         token = batch.is_token()
-        loss = _distance(self.student.layer(i, before, batch), after, token)
-        figures = {"alignment": loss, "baseline": _distance(before, after, token)}
         weight = self.config.mixer_output_weight
         if weight > 0:
-            mixer = _distance(self.student.mixer(i, before, batch), mixed, token)
+            mixed_here, after_here = self.student.mixer_and_layer(i, before, batch)
+        else:
+            after_here = self.student.layer(i, before, batch)
+        loss = _distance(after_here, after, token)
+        figures = {"alignment": loss, "baseline": _distance(before, after, token)}
+        if weight > 0:
+            mixer = _distance(mixed_here, mixed, token)
             loss = loss + weight * mixer
             figures["mixer_alignment"] = mixer
             figures["mixer_baseline"] = _distance(torch.zeros_like(mixed), mixed, token)

@@ -40,11 +40,38 @@ class Attention(nn.Module):
         )
         cos, sin = self.rotary(q, boundaries.position_ids)
         q, k = apply_rotary_pos_emb(q, k, cos, sin)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=boundaries.visible, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        y = masked_attention(q, k, v, boundaries.visible, repeat_heads=q.is_cuda)
         out: torch.Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
         return out
+
+
+def masked_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor,
+    *,
+    repeat_heads: bool,
+) -> torch.Tensor:
+    """Attention of grouped queries under a mask.
+
+    Args:
+        q: [B, H, L, P].
+        k: [B, G, L, P], a head for each H / G query heads.
+        v: [B, G, L, P].
+        visible: [B, 1, L, L] bool.
+        repeat_heads: copy k and v for every query head. Needed on CUDA, where with both a mask and
+            groups only the kernel that builds [B, H, L, L] is left (transformers does the same,
+            ``integrations.sdpa_attention.use_gqa_in_sdpa``); elsewhere it costs memory.
+
+    Returns:
+        [B, H, L, P].
+    """
+    is_grouped = q.shape[1] != k.shape[1]
+    if is_grouped and repeat_heads:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        is_grouped = False
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=is_grouped)
 
 
 def _rope_config(config: MambaInLlamaConfig) -> LlamaConfig:

@@ -22,7 +22,7 @@ from thinkfast_distill.students.mamba_in_llama import Mamba1, Mamba2
 from vllm_thinkfast.configs import LlambaConfig, MambaInLlamaConfig
 
 Config = LlambaConfig | MambaInLlamaConfig
-Part = Literal["block", "mixer", "matrix"]
+Part = Literal["block", "mixer", "matrix", "both"]
 Mixer = DiscreteMamba2 | Mamba1 | Mamba2
 
 
@@ -60,14 +60,15 @@ class Block(nn.Module):
 
     def forward(
         self, hidden: torch.Tensor, boundaries: Boundaries, part: Part = "block"
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """One part of the block, for its input.
 
         Args:
             hidden: [B, L, D], what enters the block.
             boundaries: of the batch.
             part: "block": the block's output [B, L, D]; "mixer": the mixer's output [B, L, D],
-                before the residual; "matrix": its mixing matrix [B, H, L, L].
+                before the residual; "both": the mixer's output and the block's, with the mixer run
+                once; "matrix": the mixer's mixing matrix [B, H, L, L].
         """
         mixer = self.token_mixer
         normed = self.input_layernorm(hidden)
@@ -80,7 +81,7 @@ class Block(nn.Module):
             return mixed
         hidden = hidden + mixed
         after: torch.Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return after
+        return (mixed, after) if part == "both" else after
 
 
 class Backbone(nn.Module):
@@ -131,6 +132,15 @@ class Student(nn.Module):
     def layer(self, i: int, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """Output [B, L, D] of the whole block i for its input [B, L, D]."""
         return self._run(i, hidden, batch, "block")
+
+    def mixer_and_layer(
+        self, i: int, hidden: torch.Tensor, batch: PackedBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What ``mixer`` and ``layer`` return, for the price of ``layer``."""
+        found: tuple[torch.Tensor, torch.Tensor] = self.model.layers[i](
+            hidden, self._boundaries(batch), "both"
+        )
+        return found
 
     def mixer(self, i: int, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """Output [B, L, D] of the mixer of block i, given the block's input; no residual."""

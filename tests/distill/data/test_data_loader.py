@@ -11,8 +11,9 @@ import torch
 from thinkfast_distill.data.arith_tokenizer import build_tokenizer
 from thinkfast_distill.data.errors import DataError
 from thinkfast_distill.data.loader import Loader
-from thinkfast_distill.data.presets import MIXTURES, SOURCES
+from thinkfast_distill.data.presets import SOURCES, expand
 from thinkfast_distill.data.source_config import source_config
+from thinkfast_distill.recipe import RecipeError
 
 EOS = 2
 
@@ -273,6 +274,19 @@ def test_stream_has_every_record_once_and_resumes(tmp_path, tokenizer):
     assert all(_equal(resumed.next(), batch) for batch in batches[5:])
 
 
+def test_stream_skips_what_is_held_out(tmp_path, tokenizer):
+    path = _write(tmp_path / "a.jsonl", [{"text": f"{10 + i}"} for i in range(50)])
+    source = {"kind": "hub", "dataset": "json", "data_files": path, "epochs": None}
+    source |= {"shuffle_window": 16}
+    batch = Loader([{**source, "skip": 20}], tokenizer, 2 * 30, 1, 0).next()
+    names = batch.sample_ids[0]
+    assert sorted(names) == sorted(f"json:{i}" for i in range(20, 50)), "records keep their numbers"
+    found = {name: int(tokenizer.decode(ids[0])) for name, ids in _pieces(batch)}
+    assert found == {f"json:{i}": 10 + i for i in range(20, 50)}
+    with pytest.raises(DataError, match=r"skip: -1 must be >= 0"):
+        Loader([{**source, "skip": -1}], tokenizer, 64, 1, 0)
+
+
 def test_dropped_documents_are_counted(tmp_path, tokenizer):
     problem = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
     rows = [{"text": f"{i} apples"} for i in range(20)]
@@ -384,6 +398,30 @@ def test_states_of_other_data_are_refused(mixed, tokenizer):
         Loader(mixed, tokenizer, 64, 4, 5, state | {"version": 0})
 
 
+def test_a_file_with_other_records_is_not_continued(mixed, tokenizer):
+    """One record more or less is another order, not only another end."""
+    loader = Loader(mixed, tokenizer, 64, 4, 5)
+    loader.next()
+    state = json.loads(json.dumps(loader.state()))
+    with open(mixed[0]["path"], "a") as lines:
+        lines.write('{"text": "1"}\n')
+    with pytest.raises(DataError, match=r"source short: its data has changed .* then 300, now 301"):
+        Loader(mixed, tokenizer, 64, 4, 5, state)
+    for one in state["sources"]:
+        del one["contents"]  # a state of an earlier version
+    Loader(mixed, tokenizer, 64, 4, 5, state)
+
+
+def test_fingerprints_do_not_change_with_the_version(tokenizer):
+    """Otherwise runs that were begun with an earlier version could not be continued."""
+    loader = Loader([{"kind": "arith"}], tokenizer, 256, 8, 42, loss_on="completion")
+    assert loader.fingerprint == "09724c7dd27f65f4"
+    hub, memmap = ({"kind": "hub", "dataset": "d"}, {"kind": "memmap", "path": "p"})
+    for raw, added in ((hub, {"skip": 3}), (memmap, {"step_labels": True, "learn_steps": True})):
+        assert not added.keys() & source_config(raw).settings().keys()
+        assert added.items() <= source_config({**raw, **added}).settings().items()
+
+
 def test_wrong_mixtures_are_refused(mixed, tokenizer):
     with pytest.raises(DataError, match="long: no tokens, but short has"):
         Loader([mixed[0] | {"tokens": 5}, mixed[1]], tokenizer, 64, 4, 0)
@@ -395,12 +433,13 @@ def test_wrong_mixtures_are_refused(mixed, tokenizer):
         Loader(mixed, tokenizer, 64, 4, 0, loss_on="some")
 
 
-def test_presets_are_valid_and_have_the_papers_budgets():
+def test_presets_are_valid_and_can_be_changed():
     for name, raw in SOURCES.items():
         assert source_config(raw).label == name
-    for mixture in MIXTURES.values():
-        assert [source_config(raw).tokens for raw in mixture] == [4_000_000_000] * 2
-    assert [source["name"] for source in MIXTURES["paper"]] == [
-        "finemath-4plus",
-        "openmathinstruct-2",
-    ]
+        changed = expand({"preset": name, "tokens": 5, "split": "test"}, "s")
+        assert changed == raw | {"tokens": 5, "split": "test"}
+    assert expand({"kind": "arith", "num": 3}, "s") == {"kind": "arith", "num": 3}
+    with pytest.raises(RecipeError, match=r"s\.preset: 'openhermes' is not accepted; accepted: f"):
+        expand({"preset": "openhermes"}, "s")
+    with pytest.raises(RecipeError, match="give preset or kind, not both"):
+        expand({"preset": "openhermes-2.5", "kind": "jsonl"}, "s")

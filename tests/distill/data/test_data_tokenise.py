@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -42,6 +43,77 @@ def test_memmap_trains_like_its_source(tmp_path, tokenizer, formatter):
         assert torch.equal(a.input_ids, b.input_ids)
         assert torch.equal(a.loss_mask, b.loss_mask)
         assert a.sample_ids == b.sample_ids
+
+
+def _write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_memmap_must_be_decontaminated_as_the_mixture_says(tmp_path, tokenizer, formatter):
+    """Its documents are tokens, in which the run cannot look for problems any more."""
+    rows = [{"text": f"{i} apples and 3 pears in a basket"} for i in range(8)]
+    source = {"kind": "jsonl", "path": str(_write(tmp_path / "a.jsonl", rows)), "epochs": None}
+    problems = [{"problem": rows[i]["text"]} for i in range(0, 8, 2)]
+    problems = str(_write(tmp_path / "problems.jsonl", problems))
+    other = str(_write(tmp_path / "other.jsonl", [{"problem": "What is two and two?"}]))
+    known = {name: Decontaminator.from_files([name]) for name in (problems, other)}
+    for folder, against in (("none", None), ("other", known[other]), ("right", known[problems])):
+        tokenise(source_config(source), formatter, tmp_path / folder, decontaminator=against)
+
+    def sources(folder):
+        return [{"kind": "memmap", "path": str(tmp_path / folder), "epochs": None}]
+
+    for folder, how in (("none", "without decontamination"), ("other", "against other problems")):
+        with pytest.raises(DataError, match=rf"{folder} was made {how}, .* --decontaminate"):
+            Loader(sources(folder), tokenizer, 88, 1, 0, decontaminate=[problems])
+    Loader(sources("none"), tokenizer, 88, 1, 0)
+    found = Loader(sources("right"), tokenizer, 88, 1, 0, decontaminate=[problems])
+    direct = Loader([source], tokenizer, 88, 1, 0, decontaminate=[problems])
+
+    def tokens(loader):
+        batch = loader.next()
+        assert len(batch.sample_ids[0]) == 4
+        return sorted(batch.input_ids[0][batch.document_ids[0] >= 0].tolist())
+
+    assert tokens(found) == tokens(direct), "the same four documents"
+
+
+def test_memmap_of_step_labels_learns_the_labels_alone(tmp_path, tokenizer, formatter):
+    labelled = {"kind": "arith", "name": "s", "num": 20, "mistakes": 0.5}
+    for folder, extra in (("labels", {}), ("steps", {"learn_steps": True})):
+        tokenise(source_config({**labelled, **extra}), formatter, tmp_path / folder)
+
+    def batch(**source):
+        return Loader([source], tokenizer, 512, 2, 3, loss_on="all").next()
+
+    for folder, extra in (("labels", {}), ("steps", {"learn_steps": True})):
+        wanted = batch(**labelled, **extra)
+        memmap = {"kind": "memmap", "name": "s", "path": str(tmp_path / folder)}
+        found = batch(**memmap, step_labels=True, **extra)
+        assert torch.equal(found.input_ids, wanted.input_ids)
+        assert torch.equal(found.loss_mask, wanted.loss_mask)
+        assert source_config({**memmap, "step_labels": True, **extra}).has_step_labels
+        with pytest.raises(DataError, match=r"step_labels: false, but .* step_labels: true"):
+            batch(**memmap)
+    with pytest.raises(DataError, match=r"learn_steps: false, but .* learn_steps: true"):
+        batch(**memmap, step_labels=True)
+    tokenise(source_config(ARITH), formatter, tmp_path / "plain")
+    with pytest.raises(DataError, match=r"step_labels: true, but .* no step labels"):
+        batch(kind="memmap", path=str(tmp_path / "plain"), step_labels=True)
+
+
+def test_memmap_that_was_made_again_is_not_continued(tmp_path, tokenizer, formatter):
+    source = {"kind": "memmap", "path": str(tmp_path / "s")}
+    for num in (40, 41):
+        tokenise(source_config({**ARITH, "num": num}), formatter, tmp_path / "s")
+        loader = Loader([source], tokenizer, 256, 1, 3)
+        if num == 40:
+            state = loader.state()
+            Loader([source], tokenizer, 256, 1, 3, state)
+            shutil.rmtree(tmp_path / "s")
+    with pytest.raises(DataError, match=r"source s: .* \(documents: then 40, now 41\)"):
+        Loader([source], tokenizer, 256, 1, 3, state)
 
 
 def test_raw_text_needs_no_mask_file(tmp_path, formatter):
@@ -148,6 +220,7 @@ def test_command(tmp_path, capsys):
         (["finemath", *arguments[1:]], "give one of finemath-4plus, openmathinstruct-2"),
         (["{kind: memmap, path: x}", *arguments[1:-1], str(tmp_path / "b")], "tokenised already"),
         ([arguments[0], "--tokenizer", str(tmp_path), *arguments[3:]], "cannot be loaded"),
+        (["{preset: finemath}", *arguments[1:]], "source.preset: 'finemath' is not accepted"),
     ]:
         assert main(wrong) == 2
         error = capsys.readouterr().err.splitlines()

@@ -1,6 +1,7 @@
 """Step labels as conversations: where they end, what counts, and that scoring reads the same."""
 
 import json
+import re
 
 import pytest
 
@@ -133,6 +134,11 @@ def test_only_labels_are_targets_of_a_batch(tokenizer):
         ({"mistakes": 1.5}, "mistakes: 1.5 must lie between 0 and 1"),
         ({"mistakes": 0.5, "samples": "x.jsonl"}, "give mistakes or samples, not both"),
         ({"mistakes": 0.5, "last_step": "last"}, "accepted: first_wrong, any_wrong"),
+        ({"mistake": "slip"}, "mistake: give mistakes too"),
+        ({"mistakes": 0.5, "mistake": "typo"}, "accepted: .*slip"),
+        ({"single_steps": 9}, "single_steps: give mistakes too"),
+        ({"mistakes": 0.5, "single_steps": 0}, "single_steps: 0 must be >= 1"),
+        ({"mistakes": 0.5, "single_steps": 9, "mistake": "slip"}, "leave out mistake"),
     ],
 )
 def test_arith_options(change, message):
@@ -154,6 +160,39 @@ def test_arith_mistakes_are_in_proportion_and_repeatable(formatter):
     assert found[:20] != _solutions(formatter, 20, mistakes=0.3, problem_seed=1)
     assert not any("<|assistant|>-" in t for t in _solutions(formatter, 20, mistakes=0.0))
     assert all("<|assistant|>-" in t for t in _solutions(formatter, 20, mistakes=1.0))
+
+
+def test_arith_single_steps(formatter):
+    """Without the problem; wrong ones differ in the result only, by anything from 1 to 100."""
+    texts = _solutions(formatter, 300, mistakes=0.5, single_steps=100)
+    distances = []
+    for text in texts:
+        found = re.search(
+            r"\|>(\w+): (\d+)([-+*/])(\d+)=(\d+)<\|assistant\|>([-+])<\|end\|>$",
+            text.replace(formatter.tokenizer.eos_token, "<|end|>"),
+        )
+        assert found, text
+        right = arith.compute(int(found[2]), found[3], int(found[4]))
+        assert (right == int(found[5])) == (found[6] == "+")
+        if found[6] == "-":
+            distances.append(abs(right - int(found[5])))
+    assert 110 <= len(distances) <= 190
+    assert min(distances) == 1
+    assert max(distances) > 40
+    assert sum(by <= 2 for by in distances) > len(distances) / 8
+
+
+def test_arith_one_kind_of_mistake(formatter):
+    """A slip changes only the result of the step where the conversation ends."""
+    options = {"mistakes": 1.0, "mistake": "slip", "last_step": "first_wrong"}
+    for index, text in enumerate(_solutions(formatter, 20, **options)):
+        shown = re.findall(r"\w+: (\d+)([-+*/])(\d+)=(\d+)", text)[-1]
+        place = text.count("<|assistant|>") - 1
+        gold = re.match(
+            r"\w+: (\d+)([-+*/])(\d+)=(\d+)", arith.problem("train", index).steps[place]
+        ).groups()
+        assert shown[:3] == gold[:3]
+        assert shown[3] != gold[3]
 
 
 def test_arith_splits_share_no_question(formatter):

@@ -110,8 +110,18 @@ def test_equal_models():
     found = models.gradients(student)
     assert found
     assert all(gradient.isfinite().all() for gradient in found.values())
-    # By default nothing is left to train.
-    assert stage(student, teacher).trainable_parameters() == []
+    with pytest.raises(ValueError, match=r"hidden_state: nothing is trained: train=default"):
+        stage(student, teacher)
+
+
+def test_the_mixer_runs_once():
+    """Also with ``mixer_output_weight``, which needs its output and the layer's."""
+    student = models.llamba()
+    calls = []
+    for block in student.model.layers:
+        block.mixer.register_forward_hook(lambda *_: calls.append(1))
+    stage(student, models.teacher(), mixer_output_weight=1.0).backward(models.batch(), 25)
+    assert len(calls) == len(student.model.layers)
 
 
 def test_baseline():

@@ -13,6 +13,7 @@ from tests.distill.students.models import (
 from tests.reference.published_models import reference_logits
 from tests.reference.random_checkpoints import VARIANTS, write_checkpoint
 from thinkfast_distill import students
+from thinkfast_distill.students.attention import masked_attention
 from thinkfast_distill.students.borders import Boundaries
 from vllm_thinkfast.checkpoints.reader import house_shapes
 
@@ -107,7 +108,10 @@ def test_layer_by_layer(kind):
         block = student.model.layers[i]
         middle = hidden + student.mixer(i, hidden, batch)
         after = middle + block.mlp(block.post_attention_layernorm(middle))
+        mixed, both = student.mixer_and_layer(i, hidden, batch)
+        assert torch.equal(mixed, student.mixer(i, hidden, batch))
         hidden = student.layer(i, hidden, batch)
+        assert torch.equal(both, hidden)
         torch.testing.assert_close(hidden, after)
     normed = student.hidden(batch)
     torch.testing.assert_close(normed, student.model.norm(hidden))
@@ -115,6 +119,18 @@ def test_layer_by_layer(kind):
     assert [student.is_attention(i) for i in range(student.num_layers)] == [
         kind != "llamba" and i == 1 for i in range(student.num_layers)
     ]
+
+
+def test_repeated_heads_attend_as_groups():
+    """The form for CUDA against the one for CPUs."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 12, 8, dtype=torch.float64) for heads in (6, 2, 2))
+    visible = packed([random_documents([7, 5], seed=1)] * 2).same_document()[:, None]
+    grouped, repeated = (
+        masked_attention(q, k, v, visible, repeat_heads=repeat) for repeat in (False, True)
+    )
+    assert grouped.shape == q.shape
+    torch.testing.assert_close(repeated, grouped)
 
 
 @pytest.mark.parametrize("kind", ["llamba", "mamba2"])
