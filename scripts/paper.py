@@ -68,6 +68,8 @@ def compare_arguments(options: argparse.Namespace) -> list[str]:
     arguments += ["--batch-sizes", *map(str, options.batch_sizes)]
     arguments += ["--speed-tokens", "64", "128"]
     arguments += ["--reward-model", _shown(options.reward), "--reward-time"]
+    # The tiny reward model judges each step for itself: a solution is as good as its worst step.
+    arguments += ["--aggregation", "min"]
     arguments += ["--title", "The paper in miniature", "--out", _shown(options.out)]
     arguments += ["--engine-args", *(f"{key}={value}" for key, value in ENGINE.items())]
     return arguments

@@ -1,8 +1,8 @@
 """``make tiny``: trains the embedded models from nothing, with the shipped recipes.
 
-First the teacher, then both students at the same time with one thread
-each (which is faster for models of this size than one after the other with two). Every run
-continues where it was killed, and a finished one is only exported.
+First the teacher; then both students and the reward model, two at a time with one thread each
+(which is faster for models of this size than one after the other with two). Every run continues
+where it was killed, and a finished one is only exported.
 """
 
 import argparse
@@ -18,10 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 RECIPES = ROOT / "distill" / "recipes"
 TEACHER = ("llama-tiny", "arith-teacher-tiny.yaml")
-STUDENTS = (
-    ("llamba-tiny", "arith-llamba-tiny.yaml"),
-    ("mambainllama-tiny", "arith-mambainllama-tiny.yaml"),
+FROM_TEACHER = (
+    ("mambainllama-tiny", "arith-mambainllama-tiny.yaml", "teacher.model"),
+    ("llamba-tiny", "arith-llamba-tiny.yaml", "teacher.model"),
+    ("prm-tiny", "arith-prm-tiny.yaml", "student.weights"),
 )
+"""Folder, recipe, and the recipe's key for the teacher's folder; those that take longest first."""
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -129,15 +131,18 @@ def make(out: Path, runs: Path) -> None:
     one(*TEACHER, [])
     teacher = _shown(out / TEACHER[0])
     # The recipes name the usual folder already; a model card quotes the command as it was.
-    change = [] if teacher == "thinkfast/llama-tiny" else [f"teacher.model={teacher}"]
+    is_usual = teacher == "thinkfast/llama-tiny"
     with ThreadPoolExecutor(max_workers=2) as pool:
-        jobs = [pool.submit(one, name, recipe, change) for name, recipe in STUDENTS]
+        jobs = [
+            pool.submit(one, name, recipe, [] if is_usual else [f"{key}={teacher}"])
+            for name, recipe, key in FROM_TEACHER
+        ]
         wait(jobs, return_when=FIRST_EXCEPTION)
         for job in jobs:
             job.result()
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     minutes = (time.monotonic() - begin) / 60
-    say(f"{out}: {1 + len(STUDENTS)} models, {size / 1e6:.1f} MB, {minutes:.1f} minutes")
+    say(f"{out}: {1 + len(FROM_TEACHER)} models, {size / 1e6:.1f} MB, {minutes:.1f} minutes")
 
 
 def main(arguments: list[str] | None = None) -> int:

