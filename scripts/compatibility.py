@@ -140,9 +140,12 @@ def _table(features: dict[str, dict[str, dict[str, str]]]) -> list[str]:
         f"| --- |{' --- |' * (len(MODELS) + 1)}",
     ]
     reasons = {}
-    for feature, cells in sorted(features.items(), key=lambda item: item[0].lower()):
+    # Rows of tests outside of the features folder are there also before these were recorded.
+    elsewhere = {feature: test for test, found in ELSEWHERE.items() for feature in found}
+    rows = {**{feature: {} for feature in elsewhere}, **features}
+    for feature, cells in sorted(rows.items(), key=lambda item: item[0].lower()):
         states = [cells.get(model, {}).get("state", "not run") for model in MODELS]
-        tests = sorted({cell["test"] for cell in cells.values()})
+        tests = sorted({cell["test"] for cell in cells.values()}) or [elsewhere[feature]]
         shown = ", ".join(f"`{test}`" for test in tests)
         lines.append(f"| {feature} | {' | '.join(states)} | {shown} |")
         reasons[feature] = next((c["why"] for c in cells.values() if "why" in c), "")

@@ -96,6 +96,7 @@ def test_entry_points(wheel: Path) -> None:
             "thinkfast-eval": "lm_eval_tasks.cli:main",
         },
         "vllm.general_plugins": {"thinkfast": "vllm_thinkfast.plugin:register"},
+        "vllm.stat_logger_plugins": {"thinkfast": "vllm_thinkfast.state_metrics:StateMemoryLogger"},
     }
 
 

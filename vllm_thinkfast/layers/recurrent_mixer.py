@@ -45,14 +45,15 @@ class RecurrentMixer(MambaBase, nn.Module):
             ValueError: a setting that recurrent state does not support here.
         """
         super().__init__()
-        if vllm_config.num_speculative_tokens:
-            raise ValueError(
-                "speculative decoding is not supported with these models yet: a rejected draft "
-                "token cannot be taken back from the state; remove --speculative-config."
-            )
         if getattr(vllm_config.cache_config, "use_replayssm", False):
             raise ValueError(
                 "--use-replayssm is for vLLM's own Mamba-2 layers; remove it for this model."
+            )
+        mamba_config = getattr(vllm_config, "mamba_config", None)
+        if getattr(mamba_config, "enable_stochastic_rounding", False):
+            raise ValueError(
+                "--enable-mamba-cache-stochastic-rounding is for vLLM's own Mamba-2 kernels; "
+                "remove it for this model."
             )
         self.config = vllm_config.model_config.hf_config
         self.state_dtypes = state_cache.state_dtypes(vllm_config)
@@ -64,6 +65,9 @@ class RecurrentMixer(MambaBase, nn.Module):
         self.prefix = prefix
         # vLLM replaces this by views into its cache pages, see MambaBase.bind_kv_cache.
         self.kv_cache = (torch.tensor([]), torch.tensor([]))
+        self.is_speculating = vllm_config.num_speculative_tokens > 0
+        # For speculative decoding: tokens in the state of each slot, see _run_drafts.
+        self.num_tokens_in = torch.empty(0, dtype=torch.int32)
         compilation_config = vllm_config.compilation_config
         if prefix in compilation_config.static_forward_context:
             raise ValueError(f"duplicate layer name: {prefix}")
@@ -80,8 +84,13 @@ class RecurrentMixer(MambaBase, nn.Module):
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
-        """Which batch metadata vLLM prepares: the form common to all state models."""
-        return MambaAttentionBackendEnum.MAMBA1
+        """Which batch metadata vLLM prepares: the form common to all state models.
+
+        The two names give the same form. vLLM 0.32 tells the tokens of a draft from a prompt only
+        for a few of the names, MAMBA1 not among them.
+        """
+        backends = MambaAttentionBackendEnum
+        return backends.SHORT_CONV if self.is_speculating else backends.MAMBA1
 
     def mix(
         self, projected: torch.Tensor, dt: torch.Tensor, conv: Conv, scan: Scan
@@ -107,22 +116,69 @@ class RecurrentMixer(MambaBase, nn.Module):
         metadata = metadata[self.prefix]
         num_decode = metadata.num_decode_tokens
         num_tokens = num_decode + metadata.num_prefill_tokens
-        if num_decode:
-            conv, scan = self._decode_functions(metadata)
+        if self.is_speculating:
+            self._resize_num_tokens_in()
+        if num_decode and self.is_speculating:
+            self._run_drafts(metadata, projected, dt, output)
+        elif num_decode:
+            conv, scan = self._decode_functions(compat.decode_state_indices(metadata)[:num_decode])
             output[:num_decode] = self.mix(projected[:num_decode], dt[:num_decode], conv, scan)
         if metadata.num_prefill_tokens:
             conv, scan = self._prefill_functions(metadata)
             tokens = slice(num_decode, num_tokens)
             output[tokens] = self.mix(projected[tokens], dt[tokens], conv, scan)
+            if self.is_speculating:
+                lengths = metadata.seq_lens[metadata.num_decodes :][: metadata.num_prefills]
+                self.num_tokens_in[metadata.state_indices_tensor_p.long()] = lengths
+
+    def _resize_num_tokens_in(self) -> None:
+        ssm_state = self.kv_cache[1]
+        if len(self.num_tokens_in) != len(ssm_state):
+            self.num_tokens_in = torch.zeros(
+                len(ssm_state), dtype=torch.int32, device=ssm_state.device
+            )
+
+    def _run_drafts(
+        self, metadata: Any, projected: torch.Tensor, dt: torch.Tensor, output: torch.Tensor
+    ) -> None:
+        """Decoding sequences with one accepted and up to k drafted tokens each.
+
+        A rejected token cannot be taken back from a state, so every token's state is kept: a
+        sequence has 1 + k slots, and its token j leaves its state in slot j. The next step starts
+        from the state of the last token that was accepted. vLLM reports the number of those for
+        hybrids only, so it is found from the positions: the state in slot 0 has seen
+        ``num_tokens_in`` tokens, and the sequence now goes on after ``num_done`` tokens.
+
+        Shapes do not depend on what was accepted: a sequence without a token j computes its last
+        one again, into vLLM's unused slot 0, and the result is dropped.
+        """
+        num_seqs = metadata.num_decodes
+        slots = metadata.state_indices_tensor_d[:num_seqs].long()
+        offsets = metadata.query_start_loc_d[: num_seqs + 1]
+        starts, lengths = offsets[:-1], offsets.diff()
+        num_done = metadata.seq_lens[:num_seqs] - lengths
+        first = slots[:, 0]
+        num_kept = (num_done - self.num_tokens_in[first]).clamp(0, slots.shape[1] - 1)
+        source = slots.gather(1, num_kept.long()[:, None])[:, 0]
+        self.num_tokens_in[first] = num_done + 1
+        for j in range(min(slots.shape[1], metadata.num_decode_tokens - num_seqs + 1)):
+            is_token = j < lengths
+            rows = starts + (lengths - 1).clamp(min=0, max=j)
+            target = torch.where(is_token, slots[:, j], 0)
+            for state in self.kv_cache:
+                state[target] = state[source]
+            conv, scan = self._decode_functions(target)
+            y = self.mix(projected[rows], dt[rows], conv, scan)
+            output[rows] = torch.where(is_token[:, None], y, output[rows])
+            source = target
 
     def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Views (conv [slots, K - 1, C], ssm [slots, ...]) into vLLM's pages."""
         conv, ssm = self.kv_cache
         return conv.transpose(1, 2) if is_conv_state_dim_first() else conv, ssm
 
-    def _decode_functions(self, metadata: Any) -> tuple[Conv, Scan]:
+    def _decode_functions(self, slots: torch.Tensor) -> tuple[Conv, Scan]:
         conv_state, ssm_state = self._states()
-        slots = compat.decode_state_indices(metadata)[: metadata.num_decode_tokens]
 
         def conv(u: torch.Tensor) -> torch.Tensor:
             y: torch.Tensor = self.conv_op.decode(

@@ -14,8 +14,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
+from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.utils import (
     PPMissingLayer,
+    WeightsMapper,
     make_empty_intermediate_tensors_factory,
     make_layers,
     maybe_prefix,
@@ -26,6 +28,27 @@ from vllm_thinkfast import state_cache
 from vllm_thinkfast.models.loading import load_house_tensors
 
 BlockFactory = Callable[[str], nn.Module]
+
+_DRAFTS_WITHOUT_MODEL = ("ngram", "suffix")
+"""Methods of speculative decoding whose drafts come from the text so far."""
+
+
+def _check_speculation(vllm_config: VllmConfig) -> None:
+    speculation = vllm_config.speculative_config
+    if speculation is None or speculation.method in _DRAFTS_WITHOUT_MODEL:
+        return
+    model = vllm_config.model_config.model
+    accepted = f"accepted: {' and '.join(_DRAFTS_WITHOUT_MODEL)}."
+    if speculation.draft_model_config is vllm_config.model_config:
+        raise ValueError(
+            f"speculative_config: {model} cannot be the draft model: vLLM rolls a draft back by "
+            "overwriting keys and values, and a recurrent state has no positions to overwrite; "
+            + accepted
+        )
+    raise ValueError(
+        f"speculative_config: method {speculation.method!r} was never run with a recurrent model "
+        f"like {model}; {accepted}"
+    )
 
 
 class RecurrentModel(nn.Module):
@@ -95,29 +118,51 @@ class RecurrentModel(nn.Module):
         return hidden_states
 
 
-class RecurrentForCausalLM(nn.Module):
+class RecurrentForCausalLM(nn.Module, SupportsLoRA):
     """Head, logits, weights and the state hooks that vLLM calls on the class."""
 
+    # Fused linear layers and what they are called in adapters and quantised checkpoints. A model
+    # may have its own, as vLLM's interface says.
+    packed_modules_mapping: dict[str, list[str]] = {  # noqa: RUF012
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    # Names in adapters, and in a quantised checkpoint's list of layers to leave alone.
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_prefix={"backbone.": "model."},
+        orig_to_new_substr={".mamba.dt_proj_down": ".mamba.dt_in_proj"},
+    )
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        """vLLM's constructor signature."""
+        """vLLM's constructor signature.
+
+        Raises:
+            ValueError: a kind of speculative decoding that these models cannot do.
+        """
         super().__init__()
+        _check_speculation(vllm_config)
         config = vllm_config.model_config.hf_config
         self.config = config
         self.source = vllm_config.model_config.model
         self.is_quantised = vllm_config.quant_config is not None
         self.model = self.make_model(vllm_config, maybe_prefix(prefix, "model"))
-        if get_pp_group().is_last_rank:
+        has_head_bias = getattr(config, "lm_head_bias", False)
+        if not get_pp_group().is_last_rank:
+            self.lm_head = PPMissingLayer()
+        elif config.tie_word_embeddings and not has_head_bias:
+            # The embedding itself, not a head with its weight: on a CPU vLLM 0.32 packs a head's
+            # weight once and would not see that of a reloaded embedding.
+            self.lm_head = self.model.embed_tokens
+        else:
             self.lm_head = ParallelLMHead(
                 config.vocab_size,
                 config.hidden_size,
-                bias=getattr(config, "lm_head_bias", False),
+                bias=has_head_bias,
                 quant_config=vllm_config.quant_config,
                 prefix=maybe_prefix(prefix, "lm_head"),
             )
             if config.tie_word_embeddings:
                 self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
-        else:
-            self.lm_head = PPMissingLayer()
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
 

@@ -18,6 +18,9 @@ _FUSED: tuple[tuple[str, str, str | int], ...] = (
     (".mlp.up_proj.", ".mlp.gate_up_proj.", 1),
 )
 
+_POOLING_HEAD = "score."
+"""Prefix of the linear layer that vLLM adds for classification and process rewards."""
+
 
 def load_house_tensors(
     model: nn.Module,
@@ -44,7 +47,21 @@ def load_house_tensors(
     """
     params = dict(model.named_parameters())
     loaded: set[str] = set()
-    for name, tensor in house_tensors(config, weights, source=source, is_quantised=is_quantised):
+
+    def house_only() -> Iterable[tuple[str, torch.Tensor]]:
+        """Fills the head that vLLM puts on a pooling model, and passes everything else on."""
+        for name, tensor in weights:
+            if name.startswith(_POOLING_HEAD) and name in params:
+                param = params[name]
+                getattr(param, "weight_loader", default_weight_loader)(param, tensor)
+                loaded.add(name)
+            else:
+                yield name, tensor
+
+    weights_left = house_only()
+    for name, tensor in house_tensors(
+        config, weights_left, source=source, is_quantised=is_quantised
+    ):
         for target, shard, part in _targets(config, name, tensor):
             if target not in params:
                 if is_pp_missing_parameter(target, model):
@@ -74,10 +91,9 @@ def _targets(
     if name.endswith(".A_log"):
         # vLLM's convention: the parameter is A = -exp(A_log), computed when loading.
         yield name.removesuffix("A_log") + "A", None, tensor
-    elif (
-        name.endswith(".mamba.in_proj.weight") and getattr(config, "mamba_version", "") == "mamba1"
-    ):
-        # Rows [z | x | B | C] are split over ranks, the dt rows are needed whole on each.
+    elif ".mamba.in_proj." in name and getattr(config, "mamba_version", "") == "mamba1":
+        # Rows [z | x | B | C] are split over ranks, the dt rows are needed whole on each. The
+        # scales of quantised rows go the same way.
         rank = config.time_step_rank
         yield name, None, tensor[:-rank]
         yield name.replace(".in_proj.", ".dt_in_proj."), None, tensor[-rank:]

@@ -86,6 +86,15 @@ class MambaInLlamaModel(RecurrentModel):
 class MambaInLlamaForCausalLM(RecurrentForCausalLM, HasInnerState, IsHybrid, SupportsPP):
     """MambaInLlama with its language model head."""
 
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        """vLLM's constructor signature."""
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if self.config.mamba_version == "mamba1":
+            # An adapter of the fused in_proj cannot be used: its step size rows are a layer of
+            # their own here. The published separate projections can.
+            in_proj = ["in_proj_z", "in_proj_x", "B_proj", "C_proj"]
+            self.packed_modules_mapping = {**self.packed_modules_mapping, "in_proj": in_proj}
+
     def make_model(self, vllm_config: VllmConfig, prefix: str) -> Any:
         """The stack of blocks."""
         return MambaInLlamaModel(vllm_config=vllm_config, prefix=prefix)

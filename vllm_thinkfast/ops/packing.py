@@ -1,8 +1,12 @@
-"""Turning packed sequences into padded blocks, so that no loop runs over sequences or tokens."""
+"""Cutting a batch into blocks, so that no loop runs over sequences or tokens."""
 
 from collections.abc import Iterator
 
 import torch
+
+_ROW_BLOCK_BYTES = 2**20
+"""Size of a block's temporaries in ``row_blocks``: they stay in the second-level cache, and blocks
+are few. Measured for decode steps with 128 KiB a row: 1 MiB is the fastest of 128 KiB to 4 MiB."""
 
 
 def padded_blocks(
@@ -35,3 +39,18 @@ def padded_blocks(
         is_real = position[None, :] < lengths[:active, None]
         clamped = torch.minimum(position[None, :], lengths[:active, None] - 1)
         yield order[:active], starts[:active, None] + clamped, is_real
+
+
+def row_blocks(num_rows: int, row_bytes: int) -> Iterator[slice]:
+    """Cuts rows into consecutive blocks small enough for the caches.
+
+    Args:
+        num_rows: rows in all.
+        row_bytes: of one row of the temporaries.
+
+    Yields:
+        slices that cover the rows in order.
+    """
+    block = max(1, _ROW_BLOCK_BYTES // row_bytes)
+    for begin in range(0, num_rows, block):
+        yield slice(begin, min(begin + block, num_rows))

@@ -3,8 +3,12 @@
 The Triton backend runs on a GPU (marker ``gpu``), or on CPU tensors in Triton's interpreter where
 TRITON_INTERPRET=1 is set before Triton is imported: ``test_triton_interpreter.py`` runs this folder
 again in such a process.
+
+The CPU backend takes vLLM's kernels for decode steps; the tests of those steps run again without
+them ("cpu-torch").
 """
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -13,6 +17,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from vllm_thinkfast.ops import vllm_kernels
 from vllm_thinkfast.ops.backend import load_operator
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -28,9 +33,30 @@ elif torch.cuda.is_available():
     _BACKENDS.append(pytest.param("triton", marks=pytest.mark.gpu))
 
 
-@pytest.fixture(params=_BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "op" in metafunc.fixturenames:
+        has_decode = "decode(" in inspect.getsource(metafunc.function)
+        backends = [*_BACKENDS, "cpu-torch"] if has_decode else _BACKENDS
+        metafunc.parametrize("backend", backends, indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "cpu-torch":
+        monkeypatch.setattr(vllm_kernels, "find", lambda name: None)
+        return "cpu"
+    if request.param == "cpu":
+        request.getfixturevalue("kernels_of_vllm")
     return request.param
+
+
+@pytest.fixture(scope="session")
+def kernels_of_vllm() -> None:
+    """Loads them as an engine does; without a vLLM of this platform there are none to load."""
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    vllm_kernels.find.cache_clear()
 
 
 @pytest.fixture

@@ -1,11 +1,12 @@
 """Blocks of packed sequences: every token once, in order, and little padding."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.vllm_thinkfast.ops.data import offsets
-from vllm_thinkfast.ops.packing import padded_blocks
+from vllm_thinkfast.ops.packing import padded_blocks, row_blocks
 
 LENGTH_LISTS = st.lists(st.integers(0, 20), max_size=6)
 
@@ -34,3 +35,13 @@ def test_padded_blocks_pad_less_than_one_block_per_sequence(lengths, block):
 def test_padded_blocks_of_nothing():
     assert list(padded_blocks(torch.tensor([0]), 4)) == []
     assert list(padded_blocks(torch.tensor([0, 0, 0]), 4)) == []
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "row_bytes", "sizes"),
+    [(0, 8, []), (3, 2**18, [3]), (9, 2**18, [4, 4, 1]), (2, 2**30, [1, 1])],
+)
+def test_row_blocks(num_rows, row_bytes, sizes):
+    blocks = list(row_blocks(num_rows, row_bytes))
+    assert [b.stop - b.start for b in blocks] == sizes
+    assert [i for b in blocks for i in range(b.start, b.stop)] == list(range(num_rows))

@@ -1,12 +1,14 @@
 """Short causal convolution on CPU; same functions and arguments as ``reference.py``.
 
 All sequences of a batch are laid out behind their cached tails in one buffer and convolved by one
-call; results whose window crosses a border are never read.
+call; results whose window crosses a border are never read. Decode steps use vLLM's kernel where the
+build has it and the dtypes suit it.
 """
 
 import torch
 import torch.nn.functional as F
 
+from vllm_thinkfast.ops import vllm_kernels
 from vllm_thinkfast.ops.causal_conv.reference import Activation
 
 
@@ -59,11 +61,19 @@ def decode(
     activation: Activation,
 ) -> torch.Tensor:
     """See ``reference.decode``."""
-    window = torch.cat([state[state_indices].float(), u.float()[:, None]], dim=1)  # [S, K, C]
-    y = torch.einsum("skc,ck->sc", window, weight.float())
+    if vllm_kernels.can_update_conv(state, u, weight, activation):
+        kernel = vllm_kernels.find(vllm_kernels.CONV_UPDATE)
+        if kernel is not None:
+            return vllm_kernels.update_conv(
+                kernel, state, state_indices, u, weight, bias, activation
+            )
+    tails = state.index_select(0, state_indices).float()
+    window = torch.cat([tails, u.float()[:, None]], dim=1)  # [S, K, C]
+    state[state_indices] = window[:, 1:].to(state.dtype)
+    # Taps outermost, so that every product walks contiguous channels.
+    y = window.mul_(weight.float().T.contiguous()).sum(1)
     if bias is not None:
         y += bias.float()
     if activation == "silu":
         y = F.silu(y, inplace=True)
-    state[state_indices] = window[:, 1:].to(state.dtype)
     return y.to(u.dtype)

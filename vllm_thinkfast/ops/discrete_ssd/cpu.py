@@ -1,4 +1,4 @@
-"""Discrete SSD on CPU: chunked matrix form for prefill, one vectorised update for decode.
+"""Discrete SSD on CPU: chunked matrix form for prefill, vLLM's kernel or torch for decode.
 
 Same functions and arguments as ``reference.py``. The chunked form is section 6 of the Mamba-2 paper
 (arXiv 2405.21060): inside a chunk the recurrence is a masked matrix product, between chunks only
@@ -9,7 +9,8 @@ small decays their digits.
 
 import torch
 
-from vllm_thinkfast.ops.packing import padded_blocks
+from vllm_thinkfast.ops import vllm_kernels
+from vllm_thinkfast.ops.packing import padded_blocks, row_blocks
 
 CHUNK = 64
 """Tokens per chunk; the result does not depend on it. Measured with H 32, P 64, N 64 and 1024
@@ -18,6 +19,10 @@ tokens on 2 cores: 27 ms with 32, 32 ms with 64, 51 ms with 128, 94 ms with 256.
 _NO_STATE_LEFT = -200.0
 """Log decays are clamped from below to this: in float32 its exponential is exactly 0, and stronger
 ones (up to -inf) would cost the other decays of the chunk their digits in the cumulated sum."""
+
+_SMALLEST_STEP = 2.0**-26
+"""Step sizes are clamped from below to this for the kernel: exp(-2^-26) is exactly 1 in float32, as
+is that of any smaller step, and x divided by it stays far from overflow."""
 
 
 def prefill(
@@ -69,15 +74,41 @@ def decode(
 ) -> torch.Tensor:
     """See ``reference.decode``."""
     H = x.shape[1]
-    xf = x.float()
-    h = state[state_indices].float()  # [S, H, P, N]
-    h *= log_decay.float().exp()[..., None, None]
-    h += xf[..., :, None] * _per_head(B.float(), H)[..., None, :]
-    y = (h @ _per_head(C.float(), H)[..., None])[..., 0]
-    state[state_indices] = h.to(state.dtype)
+    xf, Bf, Cf = x.float(), B.float(), C.float()
+    kernel = vllm_kernels.find_state_update(state)
+    if kernel is None:
+        y = _decode_torch(state, state_indices, xf, log_decay.float(), Bf, Cf)
+    else:
+        # The kernel multiplies x by the step size that the decay comes from.
+        dt = log_decay.float().neg().clamp_(_SMALLEST_STEP, -_NO_STATE_LEFT)
+        y = vllm_kernels.update_state(
+            kernel, state, state_indices, xf / dt[..., None], dt, -1.0, Bf, Cf
+        )
     if D is not None:
-        y += D.float().reshape(H, -1) * xf
+        y.addcmul_(D.float().reshape(H, -1), xf)
     return y.to(x.dtype)
+
+
+def _decode_torch(
+    state: torch.Tensor,
+    state_indices: torch.Tensor,
+    x: torch.Tensor,
+    log_decay: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+) -> torch.Tensor:
+    """One token per sequence without D, all inputs float32; y [S, H, P]."""
+    S, H, P = x.shape
+    decay = log_decay.exp()[..., None, None]
+    Bh, Ch = _per_head(B, H)[..., None, :], _per_head(C, H)[..., None, :]
+    y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    for rows in row_blocks(S, 4 * H * P * B.shape[-1]):
+        slots = state_indices[rows]
+        h = state.index_select(0, slots).float()
+        h.mul_(decay[rows]).addcmul_(x[rows, ..., None], Bh[rows])
+        state[slots] = h.to(state.dtype)
+        torch.sum(h.mul_(Ch[rows]), -1, out=y[rows])
+    return y
 
 
 def _per_head(t: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -2,12 +2,17 @@
 
 vLLM's CPU build has no Mamba-1 prefill scan. Decays differ per channel and state, so there is no
 matrix form; but exponentials and products of a whole block of tokens can be computed at once, and
-what remains sequential is one fused multiply-add per token over all sequences and channels.
+what remains sequential is one fused multiply-add per token over all sequences and channels. Decode
+steps use vLLM's kernel for the update behind the decay, where the build has it.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from vllm_thinkfast.ops.packing import padded_blocks
+from vllm_thinkfast.ops import vllm_kernels
+from vllm_thinkfast.ops.packing import padded_blocks, row_blocks
 
 _BLOCK_BYTES = 8 * 2**20
 """Size of one block's [Q, A, E, N] float32 tensors: large enough to amortise calls, small enough
@@ -64,12 +69,69 @@ def decode(
     D: torch.Tensor,
 ) -> torch.Tensor:
     """See ``reference.decode``."""
-    S, E = x.shape
+    xf, dtf, Bf, Cf = x.float(), dt.float(), B.float(), C.float()
+    kernel = vllm_kernels.find_state_update(state)
+    if kernel is None:
+        y = _decode_torch(state, state_indices, dtf * xf, dtf, A, Bf, Cf)
+    else:
+        y = _decode_kernel(kernel, state, state_indices, dtf * xf, dtf, A, Bf, Cf)
+    return y.addcmul_(D.float(), xf).to(x.dtype)
+
+
+def _decode_kernel(
+    kernel: Callable[..., Any],
+    state: torch.Tensor,
+    state_indices: torch.Tensor,
+    dtx: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+) -> torch.Tensor:
+    """One token per sequence without D, all inputs float32, dtx = dt x; y [S, E].
+
+    The kernel knows one decay per head, so torch applies Mamba-1's in place beforehand.
+    """
+    S, E = dtx.shape
     H, G, N = C.shape[1], B.shape[1], A.shape[1]
-    xf, dtf = x.float(), dt.float()
-    h = state[state_indices].float()  # [S, E, N]
-    h *= torch.exp_(dtf[..., None] * A)
-    h += ((dtf * xf).view(S, G, E // G, 1) * B.float()[..., None, :]).view(S, E, N)
-    y = (h.view(S, H, E // H, N) @ C.float()[..., None]).view(S, E)
-    state[state_indices] = h.to(state.dtype)
-    return (y + D.float() * xf).to(x.dtype)
+    assert H % G == 0, (H, G)
+    # Views of the cache's rows: gathering and scattering them would cost more than the update.
+    views = [state[slot] for slot in state_indices.tolist()]
+    for rows in row_blocks(S, 4 * E * N):
+        decay = torch.mul(dt[rows, :, None], A).exp_()
+        torch._foreach_mul_(views[rows], decay.unbind(0))
+    y = vllm_kernels.update_state(
+        kernel,
+        state.unflatten(1, (H, E // H)),
+        state_indices,
+        dtx.view(S, H, E // H),
+        dtx.new_ones(S, H),
+        0.0,
+        B[:, :, None].expand(S, G, H // G, N).reshape(S, H, N),
+        C,
+    )
+    return y.view(S, E)
+
+
+def _decode_torch(
+    state: torch.Tensor,
+    state_indices: torch.Tensor,
+    dtx: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+) -> torch.Tensor:
+    """One token per sequence without D, all inputs float32, dtx = dt x; y [S, E]."""
+    S, E = dtx.shape
+    H, G, N = C.shape[1], B.shape[1], A.shape[1]
+    y = torch.empty(S, H, E // H, dtype=torch.float32, device=dtx.device)
+    for rows in row_blocks(S, 4 * E * N):
+        slots = state_indices[rows]
+        h = state.index_select(0, slots).float()  # [A, E, N]
+        h *= torch.mul(dt[rows, :, None], A).exp_()
+        inputs = dtx[rows].view(-1, G, E // G, 1)
+        h.view(-1, G, E // G, N).addcmul_(inputs, B[rows, :, None])
+        state[slots] = h.to(state.dtype)
+        torch.sum(h.view(-1, H, E // H, N).mul_(C[rows, :, None]), -1, out=y[rows])
+    return y.view(S, E)

@@ -1,0 +1,85 @@
+"""docs/compatibility.md says what the tests showed: no engine here."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from scripts import compatibility
+
+ROOT = Path(__file__).parents[3]
+
+
+def recorded(tmp_path: Path, *outcomes: tuple[str, str]) -> dict[str, Any]:
+    """What is written after tests named (feature, outcome), all for Llamba."""
+    recorder = compatibility.Recorder(tmp_path / "results.json")
+    for i, (feature, outcome) in enumerate(outcomes):
+        refused = "no such thing" if feature == "sleep" else None
+        recorder.features_of[f"t.py::test{i}[llamba]"] = [(feature, "llamba", refused)]
+        recorder.pytest_runtest_logreport(
+            SimpleNamespace(
+                when="call",
+                nodeid=f"t.py::test{i}[llamba]",
+                failed=outcome == "failed",
+                passed=outcome == "passed",
+            )
+        )
+    recorder.pytest_sessionfinish()
+    (version,) = json.loads((tmp_path / "results.json").read_text()).values()
+    return version
+
+
+def test_recorder(tmp_path: Path) -> None:
+    """One failure outweighs a success, before it or after it; a skipped test says nothing."""
+    found = recorded(
+        tmp_path,
+        ("LoRA", "passed"),
+        ("LoRA", "failed"),
+        ("LoRA", "passed"),
+        ("sleep", "passed"),
+        ("int8", "skipped"),
+    )
+    assert {feature: cells["llamba"]["state"] for feature, cells in found.items()} == {
+        "LoRA": "fails",
+        "sleep": "refused",
+    }
+
+
+def test_render() -> None:
+    works = {"state": "works", "test": "t.py::a"}
+    refused = {"state": "refused", "why": "no such thing", "test": "t.py::b"}
+    text = compatibility.render(
+        {
+            "0.9.0": {"sleep": {"llamba": refused}},
+            "0.32.0": {"LoRA": {"llamba": works, "mambainllama_mamba1": works}},
+        }
+    )
+    assert text.index("vLLM 0.32.0") < text.index("vLLM 0.9.0")
+    assert "| LoRA | works | works | not run | `t.py::a` |" in text
+    assert "| sleep | refused | not run | not run | `t.py::b` |" in text
+    assert "* sleep: no such thing" in text
+
+
+def test_page_has_the_recorded_tables() -> None:
+    page = compatibility.PAGE.read_text("utf-8")
+    results = compatibility.read_results(compatibility.RESULTS)
+    assert compatibility.with_tables(page, compatibility.render(results)) == page
+
+
+def test_recorded_tests_exist() -> None:
+    """A renamed test must be run again, or its row would say what nothing shows."""
+    names = set(compatibility.ELSEWHERE)
+    for features in compatibility.read_results(compatibility.RESULTS).values():
+        names |= {cell["test"] for cells in features.values() for cell in cells.values()}
+    for name in sorted(names):
+        path, _, test = name.partition("::")
+        source = (ROOT / path).read_text("utf-8")
+        assert re.search(rf"^def {test}\(", source, re.MULTILINE), name
+
+
+def test_page_without_markers() -> None:
+    with pytest.raises(ValueError, match="must be there"):
+        compatibility.with_tables("# Compatibility", "")

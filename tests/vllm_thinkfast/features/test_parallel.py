@@ -1,0 +1,82 @@
+"""Several worker processes on one CPU, connected by gloo: same tokens as one process.
+
+One program runs all engines of a model, so that vLLM is imported once.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.vllm_thinkfast.features.conftest import PROMPTS, folder_of
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+NUM_TOKENS = 12
+MP = {"distributed_executor_backend": "mp"}
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tensor": {"tensor_parallel_size": 2, **MP},
+    # On CPUs vLLM 0.32 makes the second stage's input buffer while it warms up a compiled model;
+    # with enforce_eager the second stage of any model fails with an AssertionError.
+    "pipeline": {
+        "pipeline_parallel_size": 2,
+        "enforce_eager": False,
+        "compilation_config": {"mode": "DYNAMO_TRACE_ONCE", "backend": "eager"},
+        **MP,
+    },
+}
+"""Kind -> options of the engine."""
+
+PIPELINE_FAMILIES = ("llamba",)
+"""vLLM 0.32 wants equal cache layouts of all stages, so that every stage of a hybrid needs an
+attention layer; the hybrids here have one."""
+
+Results = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def results(family: str, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Kind -> tokens or error."""
+    folder = folder_of(family, tmp_path_factory.getbasetemp())
+    kinds = [kind for kind in KINDS if kind != "pipeline" or family in PIPELINE_FAMILIES]
+    cases = [{"folder": str(folder), "options": KINDS[kind]} for kind in kinds]
+    env = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.vllm_thinkfast.features.run_parallel"],
+        input=json.dumps({"cases": cases, "prompts": PROMPTS, "num_tokens": NUM_TOKENS}),
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert len(lines) == len(kinds), done.stderr[-4000:]
+    answers = [json.loads(line.removeprefix("RESULT ")) for line in lines]
+    return dict(zip(kinds, answers, strict=True))
+
+
+def check(results: Results, kind: str) -> None:
+    """The kind's tokens are the plain engine's."""
+    plain = results["plain"]["tokens"]
+    assert len({tuple(tokens) for tokens in plain}) == len(PROMPTS)
+    assert results[kind].get("tokens") == plain, results[kind].get("error")
+
+
+@pytest.mark.feature("tensor parallelism, 2 ranks")
+def test_tensor_parallel(results: Results, family: str) -> None:
+    check(results, "tensor")
+
+
+@pytest.mark.feature("pipeline parallelism, 2 stages, compiled")
+@pytest.mark.parametrize("family", PIPELINE_FAMILIES, indirect=True)
+def test_pipeline_parallel(results: Results, family: str) -> None:
+    check(results, "pipeline")
