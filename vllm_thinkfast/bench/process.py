@@ -4,6 +4,7 @@ A process per engine keeps peak memory honest and the engines apart; an idle one
 takes no time from the others. The protocol is a JSON line per command and a JSON line per answer.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -89,4 +90,5 @@ class Worker:
                 self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None and not pipe.closed:
-                pipe.close()
+                with contextlib.suppress(BrokenPipeError):  # a command that it did not live to read
+                    pipe.close()
