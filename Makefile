@@ -27,7 +27,7 @@ demo: install
 	$(BIN)/python -m demo.run $(if $(DATA),--data $(DATA))
 
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu" $(TESTS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu and not extra" $(TESTS)
 
 check: install
 	$(BIN)/ruff format --check $(SOURCES)

@@ -85,7 +85,13 @@ def test_compiled(
     assert greedy(llm, PROMPTS, NUM_TOKENS) == plain.tokens
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.bfloat16, id="bfloat16"),
+        pytest.param(torch.float16, id="float16", marks=pytest.mark.extra),
+    ],
+)
 @pytest.mark.feature("state dtype bfloat16 and float16")
 def test_state_dtype(
     folder: Path,
@@ -109,7 +115,7 @@ def test_state_dtype(
     assert error > 0, "the state was not rounded"
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.extra)])
 @pytest.mark.feature("model dtype bfloat16 and float16")
 def test_model_dtype(folder: Path, engines: EnginePool, plain: Plain, dtype: str) -> None:
     expected = plain.log_probabilities
