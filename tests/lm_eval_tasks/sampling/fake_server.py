@@ -34,6 +34,11 @@ class FakeServer:
             def do_POST(self) -> None:
                 server._answer(self)
 
+            def end_headers(self) -> None:
+                # Said, so that no client sends its next request into a connection that is closing.
+                self.send_header("Connection", "close")
+                super().end_headers()
+
             def log_message(self, *_: object) -> None:
                 """Keep the test's output clean."""
 

@@ -261,8 +261,7 @@ def test_command_survives_a_server_that_dies(
     assert "failed 1 times" in errors[0]
     assert "the same command goes on from there" in errors[0]
     before = list(SampleStore(tmp_path).records())
-    # Two of the ten requests were the warm-up. On a busy machine fewer of the rest were stored.
-    assert 1 <= len(before) <= 8
+    assert 6 <= len(before) <= 8, "two of the ten requests were the warm-up"
 
     with FakeServer() as server:
         assert main(command(server, tmp_path)) == 0  # elsewhere now: the address may change
