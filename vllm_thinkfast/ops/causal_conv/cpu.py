@@ -1,8 +1,8 @@
 """Short causal convolution on CPU; same functions and arguments as ``reference.py``.
 
-All sequences of a batch are laid out behind their cached tails in one buffer and convolved by one
-call; results whose window crosses a border are never read. Decode steps use vLLM's kernel where the
-build has it and the dtypes suit it.
+The packed tokens of a batch are convolved in blocks that stay in the caches, as if they were one
+sequence; the few tokens whose window crosses a border are computed again with the cached tails.
+Decode steps use vLLM's kernel where the build has it and the dtypes suit it.
 """
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from vllm_thinkfast.ops import vllm_kernels
 from vllm_thinkfast.ops.causal_conv.reference import Activation
+from vllm_thinkfast.ops.packing import row_blocks
 
 
 def prefill(
@@ -23,33 +24,79 @@ def prefill(
     cu_seqlens: torch.Tensor,
 ) -> torch.Tensor:
     """See ``reference.prefill``."""
-    T, C = u.shape
-    K = weight.shape[1]
-    S = len(state_indices)
-    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    # Sequence s begins, with its tail, at row cu_seqlens[s] + s (K - 1).
-    begin = cu_seqlens[:-1].long() + torch.arange(S, device=u.device) * (K - 1)
-    tail_rows = begin[:, None] + torch.arange(K - 1, device=u.device)
-    sequence = torch.repeat_interleave(torch.arange(S, device=u.device), lengths)
-    token_rows = torch.arange(T, device=u.device) + (sequence + 1) * (K - 1)
-    buffer = torch.empty(T + S * (K - 1), C, dtype=torch.float32, device=u.device)
-    # A slot without a valid state may hold anything, NaN too: mask, do not multiply.
-    tails = state[state_indices].float().masked_fill(~has_initial_state[:, None, None], 0.0)
-    buffer[tail_rows] = tails
-    buffer[token_rows] = u.float()
-    taps = weight.float()
-    y = buffer[K - 1 :] * taps[:, K - 1]
-    for k in range(K - 1):
-        y.addcmul_(buffer[k : k + len(y)], taps[:, k])
-    y = y[token_rows - (K - 1)]
-    if bias is not None:
-        y += bias.float()
-    if activation == "silu":
-        y = F.silu(y, inplace=True)
-    has_tokens = lengths > 0
-    last_rows = (begin + lengths)[:, None] + torch.arange(K - 1, device=u.device)
-    state[state_indices[has_tokens]] = buffer[last_rows[has_tokens]].to(state.dtype)
+    C, K = weight.shape
+    taps = weight.float().T.contiguous()  # [K, C]
+    biases = None if bias is None else bias.float()
+    y = torch.empty(u.shape, dtype=torch.float32, device=u.device)
+    for rows in row_blocks(len(u), 4 * C):
+        # Reads across the borders of sequences; _convolve_heads mends the rows behind a border.
+        first = max(rows.start - (K - 1), 0)
+        inputs = u[first : rows.stop].float()
+        block = torch.mul(inputs[rows.start - first :], taps[K - 1], out=y[rows])
+        for k in range(K - 1):
+            lag = K - 1 - k
+            missing = max(lag - rows.start, 0)
+            block[missing:].addcmul_(
+                inputs[rows.start + missing - lag - first : len(inputs) - lag], taps[k]
+            )
+        _finish(block, biases, activation)
+    _convolve_heads(
+        y, u, taps, biases, activation, state, state_indices, has_initial_state, cu_seqlens
+    )
     return y.to(u.dtype)
+
+
+def _convolve_heads(
+    y: torch.Tensor,
+    u: torch.Tensor,
+    taps: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: Activation,
+    state: torch.Tensor,
+    state_indices: torch.Tensor,
+    has_initial_state: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+) -> None:
+    """The first K - 1 tokens of each sequence, whose windows reach into the cached tails.
+
+    Writes their rows of ``y`` and the new tails. ``taps`` is [K, C], float32; the rest is that of
+    ``prefill``.
+    """
+    K = len(taps)
+    if K == 1:
+        return
+    begins, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    has_tokens = ends > begins
+    begins, ends, slots = begins[has_tokens], ends[has_tokens], state_indices[has_tokens]
+    is_fresh = ~has_initial_state[has_tokens]
+    # A slot without a valid state may hold anything, NaN too: mask, do not multiply.
+    tails = state[slots].float().masked_fill_(is_fresh[:, None, None], 0.0)
+    offsets = torch.arange(K - 1, device=u.device)
+    tokens = begins[:, None] + offsets  # [S, K - 1]
+    is_real = tokens < ends[:, None]
+    # A short sequence's window ends in repetitions of its last token, which no result reads.
+    heads = u[tokens.minimum(ends[:, None] - 1)].float()
+    window = torch.cat([tails, heads], dim=1)  # [S, 2 (K - 1), C]
+    convolved = window[:, K - 1 :] * taps[K - 1]
+    for k in range(K - 1):
+        convolved.addcmul_(window[:, k : k + K - 1], taps[k])
+    _finish(convolved, bias, activation)
+    y[tokens[is_real]] = convolved[is_real]
+    # The last K - 1 inputs, counted from the end of tails and tokens together.
+    wanted = ends[:, None] - (K - 1) + offsets  # [S, K - 1], before the first token in a tail
+    from_tail = wanted < begins[:, None]
+    new_tails = u[wanted.maximum(begins[:, None])].to(state.dtype)
+    in_tail = (wanted - begins[:, None] + K - 1).clamp_(max=K - 2)
+    old = tails.gather(1, in_tail[..., None].expand_as(tails)).to(state.dtype)
+    state[slots] = torch.where(from_tail[..., None], old, new_tails)
+
+
+def _finish(y: torch.Tensor, bias: torch.Tensor | None, activation: Activation) -> None:
+    """Bias and activation, in place."""
+    if bias is not None:
+        y += bias
+    if activation == "silu":
+        F.silu(y, inplace=True)
 
 
 def decode(
@@ -72,8 +119,5 @@ def decode(
     state[state_indices] = window[:, 1:].to(state.dtype)
     # Taps outermost, so that every product walks contiguous channels.
     y = window.mul_(weight.float().T.contiguous()).sum(1)
-    if bias is not None:
-        y += bias.float()
-    if activation == "silu":
-        y = F.silu(y, inplace=True)
+    _finish(y, None if bias is None else bias.float(), activation)
     return y.to(u.dtype)

@@ -14,9 +14,10 @@ import torch
 from vllm_thinkfast.ops import vllm_kernels
 from vllm_thinkfast.ops.packing import padded_blocks, row_blocks
 
-_BLOCK_BYTES = 8 * 2**20
+_BLOCK_BYTES = 2 * 2**20
 """Size of one block's [Q, A, E, N] float32 tensors: large enough to amortise calls, small enough
-for the caches."""
+for the caches. Measured with E 512, N 16, 4096 tokens in 1 to 16 sequences: 2 MiB is the fastest of
+0.5 to 16 MiB."""
 _MAX_BLOCK = 128
 
 
@@ -39,8 +40,9 @@ def prefill(
     num_sequences = max(1, len(cu_seqlens) - 1)
     block = _BLOCK_BYTES // (4 * E * N * num_sequences)
     for rows, tokens, is_real in padded_blocks(cu_seqlens, max(1, min(_MAX_BLOCK, block))):
-        # Time first, so that the sequential loop walks contiguous memory.
-        tokens_t, is_real_t = tokens.T, is_real.T  # [Q, A]
+        # Time first, so that the sequential loop walks contiguous memory; what is gathered takes
+        # over the memory order of its indices.
+        tokens_t, is_real_t = tokens.T.contiguous(), is_real.T  # [Q, A]
         Q, S = tokens_t.shape
         # Padding tokens have dt = 0: they decay nothing and add nothing.
         dtb = dt[tokens_t].float() * is_real_t[..., None]  # [Q, A, E]
