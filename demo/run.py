@@ -14,11 +14,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import NoReturn
 
-from demo.environment import check_packages, git_commit, hardware, versions
 from demo.errors import InputError
 from demo.measure import Measurement, Progress
+from demo.packages import DISTRIBUTIONS, check_packages
 from demo.settings import PROBLEMS, ROOT, Contender, Settings, resolved
-from demo.store import PhaseStore, lock_folder, write_atomically
+from demo.store import PhaseStore, lock_folder
+from vllm_thinkfast.bench.environment import git_commit, hardware, versions
+from vllm_thinkfast.bench.store import write_atomically
 
 OUT = ROOT / "demo-results"
 QUIET_SECONDS = 15
@@ -172,7 +174,7 @@ def run(arguments: list[str]) -> None:
     )
     console.say(f"messages of vLLM and lm-eval: {log}")
     values = resolved(settings)
-    environment = {"versions": versions(), "hardware": hardware()}
+    environment = {"versions": versions(*DISTRIBUTIONS), "hardware": hardware()}
 
     def start(contender: Contender) -> EngineProcess:
         return EngineProcess(contender.folder, values, log)
@@ -184,7 +186,7 @@ def run(arguments: list[str]) -> None:
         {
             "settings": values,
             **environment,
-            "git_commit": git_commit(),
+            "git_commit": git_commit() or "unknown",
             "command": shlex.join([sys.executable, "-m", "demo.run", *arguments]),
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "this_call_s": round(time.monotonic() - console.begin, 1),

@@ -1,7 +1,6 @@
 """What a run of the demo does: one object, made from the command line, stored with the results."""
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,12 +54,6 @@ def file_hash(*files: Path) -> str:
             while block := opened.read(2**22):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def fingerprint(value: Any) -> str:
-    """A short hash of anything that JSON can hold."""
-    text = json.dumps(value, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def code_hash() -> str:

@@ -1,28 +1,15 @@
 """Results of finished phases, so that a killed run continues where it stopped.
 
-One JSON file per phase, named by the phase and by a hash of everything that decides its result. A
-file is written beside its place and renamed: it is complete or absent.
+One JSON file per phase, named by the phase and by a hash of everything that decides its result.
 """
 
 import fcntl
 import json
-import os
 from pathlib import Path
 from typing import IO, Any
 
 from demo.errors import InputError
-from demo.settings import fingerprint
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file that is either complete or absent, whenever the process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    with unfinished.open("w", encoding="utf-8") as opened:
-        opened.write(text)
-        opened.flush()
-        os.fsync(opened.fileno())
-    os.replace(unfinished, path)
+from vllm_thinkfast.bench.store import fingerprint, write_atomically
 
 
 class PhaseStore:

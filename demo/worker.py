@@ -1,24 +1,16 @@
 """The process that holds one vLLM engine. Started by `demo.engine`, never by hand.
 
-Reads one JSON command per line from stdin and answers with JSON lines on what was stdout at the
-start; everything that vLLM and lm-eval print goes to stderr, which is the log file. Ends when stdin
-ends, and with its parent.
+Commands: ``start`` (make the engine), ``passk`` (sample and score), ``speed`` (time one batch).
 """
 
-import ctypes
-import json
-import os
-import resource
-import signal
-import sys
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tqdm import tqdm
 
-Send = Callable[[dict[str, Any]], None]
+from vllm_thinkfast.bench.serve import OnProgress, peak_memory_bytes, serve
+
 TASK = "arith_passk"
 SPEED_PROMPT_TOKENS = 64
 MAX_BATCHED_TOKENS = 4096
@@ -28,10 +20,12 @@ MAX_BATCHED_TOKENS = 4096
 class Engine:
     """One model in vLLM, behind lm-eval's model class."""
 
-    def __init__(self, folder: str, settings: dict[str, Any], send: Send) -> None:
+    def __init__(self, folder: str, settings: dict[str, Any], on_progress: OnProgress) -> None:
         from lm_eval.models.vllm_causallms import VLLM
 
         self.settings = settings
+        self.num_batches = 0
+        """Of the speed measurement so far."""
         self.lm = VLLM(
             pretrained=folder,
             dtype=settings["dtype"],
@@ -46,16 +40,16 @@ class Engine:
             seed=settings["seed"],
             disable_log_stats=False,  # stamps first and last tokens, for the speed measurement
         )
-        self._report_progress(send)
+        self._report_progress(on_progress)
 
-    def _report_progress(self, send: Send) -> None:
-        """Sends what vLLM's progress bar would show."""
+    def _report_progress(self, on_progress: OnProgress) -> None:
+        """Reports what vLLM's progress bar would show."""
         generate = self.lm.model.generate
 
         class Progress(tqdm):  # type: ignore[type-arg]
             def update(self, n: float | None = 1) -> bool | None:
                 shown = super().update(n)
-                send({"event": "progress", "done": int(self.n), "total": int(self.total or 0)})
+                on_progress(int(self.n), int(self.total or 0))
                 return shown
 
         def with_progress(*args: Any, **kwargs: Any) -> Any:
@@ -124,7 +118,9 @@ class Engine:
         """Times one batch: first the prefill of all prompts, then decoding without any.
 
         vLLM stamps the first and the last token of every sequence with the step that made it, so
-        one batch gives both speeds.
+        one batch gives both speeds. A salt of its own keeps every sequence from the prefix cache,
+        where earlier rounds left the same prompts, and where a prompt that comes twice in a batch
+        waits for the first one's state.
 
         Args:
             prompts: taken in turn, each cut to `SPEED_PROMPT_TOKENS`, so that all fit in one step.
@@ -134,7 +130,14 @@ class Engine:
         from vllm import SamplingParams
 
         encoded = [self.lm.tok_encode(text)[:SPEED_PROMPT_TOKENS] for text in prompts]
-        batch = [{"prompt_token_ids": encoded[i % len(encoded)]} for i in range(num_sequences)]
+        self.num_batches += 1
+        batch = [
+            {
+                "prompt_token_ids": encoded[i % len(encoded)],
+                "cache_salt": f"{self.num_batches} {i}",
+            }
+            for i in range(num_sequences)
+        ]
         params = SamplingParams(
             max_tokens=num_tokens,
             ignore_eos=True,
@@ -143,6 +146,8 @@ class Engine:
         begin = time.perf_counter()
         outputs = self.generate(batch, params, use_tqdm=False)
         seconds = time.perf_counter() - begin
+        cached = sum(output.num_cached_tokens for output in outputs)
+        assert cached == 0, f"{cached} prompt tokens came from the prefix cache"
         stamps = [output.metrics for output in outputs]
         firsts = {stamp.first_token_ts for stamp in stamps}
         assert len(firsts) == 1, f"the prefill took {len(firsts)} steps instead of one"
@@ -159,21 +164,13 @@ class Engine:
         }
 
 
-def peak_memory_bytes() -> dict[str, int]:
-    """Largest resident memory of this process so far; on a GPU also that of the allocator."""
-    import torch
-
-    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    if torch.cuda.is_available():
-        peak["device"] = torch.cuda.max_memory_allocated()
-    return peak
-
-
-def answer(engine: Engine | None, command: dict[str, Any], send: Send) -> tuple[Engine, Any]:
+def answer(
+    engine: Engine | None, command: dict[str, Any], on_progress: OnProgress
+) -> tuple[Engine, Any]:
     """Carries out one command; returns the engine and the result."""
     if command["do"] == "start":
         begin = time.perf_counter()
-        engine = Engine(command["folder"], command["settings"], send)
+        engine = Engine(command["folder"], command["settings"], on_progress)
         return engine, {"engine_start_s": time.perf_counter() - begin}
     assert engine is not None
     if command["do"] == "passk":
@@ -182,33 +179,5 @@ def answer(engine: Engine | None, command: dict[str, Any], send: Send) -> tuple[
     return engine, engine.speed(command["prompts"], command["num_sequences"], command["num_tokens"])
 
 
-def main() -> None:
-    """Serves commands until stdin ends."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-
-    def send(message: dict[str, Any]) -> None:
-        channel.write(json.dumps(message) + "\n")
-        channel.flush()
-
-    engine = None
-    for line in sys.stdin:
-        try:
-            engine, result = answer(engine, json.loads(line), send)
-        except BaseException as error:
-            traceback.print_exc()
-            last = str(error).strip().split("\n")[0] or type(error).__name__
-            send({"event": "error", "message": last})
-            sys.stderr.flush()
-            os._exit(1)  # the engine may not shut down in an orderly way any more
-        send({"event": "done", "result": result})
-    sys.stderr.flush()
-    # Everything asked for has been answered; vLLM's tear-down would only add noise to the log.
-    os._exit(0)
-
-
 if __name__ == "__main__":
-    main()
+    serve(answer)

@@ -23,7 +23,7 @@ from lm_eval_tasks.budget import (
     latency_curve,
     saturated_curve,
 )
-from lm_eval_tasks.costs import Occupancy, overlap_costs, token_throughput
+from lm_eval_tasks.costs import Occupancy, token_throughput
 from lm_eval_tasks.curves import (
     DRAWS,
     LEVEL,
@@ -37,7 +37,7 @@ from lm_eval_tasks.errors import stop
 from lm_eval_tasks.estimators import bootstrap, reported_ks
 from lm_eval_tasks.rewards.scores import reward_names
 from lm_eval_tasks.samples import SampleStore
-from lm_eval_tasks.scored import ScoredSample, load_scored
+from lm_eval_tasks.scored import ScoredSample, load_scored_run
 from lm_eval_tasks.scoring import ProblemScore, method_values
 from lm_eval_tasks.throughput import read_throughput
 
@@ -105,15 +105,14 @@ def load_run(folder: Path, settings: Settings) -> Run:
             f"--reward {settings.reward}: {folder} has no such scores (there: {known}); make them "
             f"with thinkfast-eval reward {folder} --reward SPEC"
         )
-    samples = load_scored(folder, settings.reward, settings.aggregation)
+    scored = load_scored_run(folder, settings.reward, settings.aggregation)
+    samples, records, occupancy = scored.samples, scored.records, scored.occupancy
     empty = [name for name, drawn in samples.items() if not drawn]
     if empty:
         stop(
             f"{folder}: {len(empty)} of {len(samples)} problems have no sample yet ({empty[0]}, "
             "...); finish it with the thinkfast-eval sample command in its config.json"
         )
-    records = list(store.records())
-    _, occupancy = overlap_costs(records)
     sessions = store.sessions()
     flat = [one for drawn in samples.values() for one in drawn]
     prompt_tokens = sum(record.num_prompt_tokens for record in records)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lm_eval_tasks.costs import overlap_costs
+from lm_eval_tasks.costs import Occupancy, overlap_costs
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.rewards.aggregation import AGGREGATIONS
 from lm_eval_tasks.rewards.scores import ScoreRecord, read_scores
@@ -42,18 +42,34 @@ class ScoredSample:
     """The reward model's seconds on this sample; None where it did not read it."""
 
 
+@dataclass(frozen=True)
+class ScoredRun:
+    """A run folder's samples, as they were judged and as they were stored."""
+
+    samples: dict[str, list[ScoredSample]]
+    """Problem id to samples in the order of their indices; the problems in data set order. A
+    problem without samples has an empty list."""
+    records: list[SampleRecord]
+    """The same samples in the order in which they were stored."""
+    occupancy: Occupancy
+
+
 def load_scored(
     folder: Path | str, reward: str | None = None, aggregation: str = "last"
 ) -> dict[str, list[ScoredSample]]:
-    """Return the judged samples of every problem of a run, in the order of their indices.
+    """Return `ScoredRun.samples` alone; arguments and errors as of `load_scored_run`."""
+    return load_scored_run(folder, reward, aggregation).samples
+
+
+def load_scored_run(
+    folder: Path | str, reward: str | None = None, aggregation: str = "last"
+) -> ScoredRun:
+    """Return the judged samples of a run, and how they used the server.
 
     Args:
         folder: the run folder.
         reward: name of a reward whose scores the folder holds; None leaves ``score`` empty.
         aggregation: how step scores become the score of a solution.
-
-    Returns:
-        Problem id to samples, in data set order; a problem without samples has an empty list.
 
     Raises:
         InputError: a file is malformed, samples lack their verdict or their reward score (the
@@ -64,32 +80,32 @@ def load_scored(
     store = SampleStore(folder)
     config = store.config()
     version = grading_of(config["task"]).version_of(config["task_version"])
-    records: dict[str, list[SampleRecord]] = {p.problem_id: [] for p in store.problems()}
-    for record in store.records():
-        records[record.problem_id].append(record)
-    samples = [record for drawn in records.values() for record in drawn]
+    records = list(store.records())
+    by_problem: dict[str, list[SampleRecord]] = {p.problem_id: [] for p in store.problems()}
+    for record in records:
+        by_problem[record.problem_id].append(record)
     verdicts = {v.key: v for v in read_verdicts(folder) if v.task_version == version}
-    missing = sum(record.key not in verdicts for record in samples)
+    missing = sum(record.key not in verdicts for record in records)
     if missing:
         stop(
-            f"{folder}: {missing} of {len(samples)} samples have no verdict of version {version}; "
+            f"{folder}: {missing} of {len(records)} samples have no verdict of version {version}; "
             f"run thinkfast-eval score {folder}"
         )
     scores: dict[tuple[str, int], ScoreRecord] = {}
     if reward is not None:
         scores = {score.key: score for score in read_scores(folder, reward)}
-        missing = sum(record.key not in scores for record in samples)
+        missing = sum(record.key not in scores for record in records)
         if missing:
             stop(
-                f"{folder}: {missing} of {len(samples)} samples are not scored by {reward}; run "
+                f"{folder}: {missing} of {len(records)} samples are not scored by {reward}; run "
                 f"thinkfast-eval reward {folder} with that reward again, it resumes"
             )
     classes = {name: row.class_of() for name, row in read_classes(folder, version).items()}
-    finished = finish_times(samples, config["regime"])
-    costs, _ = overlap_costs(samples)
-    found: dict[str, list[ScoredSample]] = {}
-    for name, drawn in records.items():
-        found[name] = []
+    finished = finish_times(records, config["regime"])
+    costs, occupancy = overlap_costs(records)
+    samples: dict[str, list[ScoredSample]] = {}
+    for name, drawn in by_problem.items():
+        samples[name] = []
         for record in sorted(drawn, key=lambda record: record.sample_index):
             verdict, score = verdicts[record.key], scores.get(record.key)
             number = None
@@ -100,7 +116,7 @@ def load_scored(
                         f"{folder}: the answers of {name} are not grouped completely; run "
                         f"thinkfast-eval score {folder}"
                     )
-            found[name].append(
+            samples[name].append(
                 ScoredSample(
                     finish_s=finished[record.key],
                     cost_s=costs[record.key],
@@ -113,7 +129,7 @@ def load_scored(
                     reward_s=score.seconds if score else None,
                 )
             )
-    return found
+    return ScoredRun(samples, records, occupancy)
 
 
 def finish_times(samples: Iterable[SampleRecord], regime: str) -> dict[tuple[str, int], float]:

@@ -41,6 +41,13 @@ _MAX_WORKERS = 8
 _INSTALL = 'pip install "math-verify[antlr4_13_2]"'
 
 
+def num_usable_cores() -> int:
+    """Return the number of processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class _Worker:
     """One child process and the job it holds."""
 
@@ -101,7 +108,7 @@ class WorkerPool:
         """Prepare the pool; no process is started yet.
 
         Args:
-            size: number of workers, default: the CPU count, at most 8.
+            size: number of workers, default: the usable processors, at most 8.
             deadline_s: seconds of processor time until a comparison is killed.
             memory_bytes: address space of each worker.
 
@@ -110,7 +117,7 @@ class WorkerPool:
         """
         if importlib.util.find_spec("math_verify") is None:
             raise ModuleNotFoundError(f"comparing answers needs math-verify: {_INSTALL}")
-        self.size = size or min(os.cpu_count() or 1, _MAX_WORKERS)
+        self.size = size or min(num_usable_cores(), _MAX_WORKERS)
         self.deadline_s = deadline_s
         self.memory_bytes = memory_bytes
         self._workers: list[_Worker] = []

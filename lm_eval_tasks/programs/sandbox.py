@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple
 
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.programs.confine import Limits, NotConfinedError
+from lm_eval_tasks.workers import num_usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def run_programs(
         InputError: this system has no way to keep a program in.
         FaultyTestsError: the tests, not the program, are at fault.
     """
-    size = min(workers or min(_num_processors(), _MAX_WORKERS), len(jobs))
+    size = min(workers or min(num_usable_cores(), _MAX_WORKERS), len(jobs))
     waiting = deque(enumerate(jobs))
     outcomes: dict[int, Outcome] = {}
     judges: list[_Judge] = []
@@ -184,8 +185,3 @@ class _Judge:
             assert stream is not None
             with contextlib.suppress(BrokenPipeError):  # unsent bytes
                 stream.close()
-
-
-def _num_processors() -> int:
-    can_ask = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if can_ask else os.cpu_count() or 1

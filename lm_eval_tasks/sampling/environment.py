@@ -1,11 +1,12 @@
 """What samples depend on besides their settings: model files, versions, hardware, commit."""
 
 import hashlib
-import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from lm_eval_tasks.workers import num_usable_cores
 
 _DISTRIBUTIONS = (
     "vllm-thinkfast",
@@ -72,8 +73,7 @@ def hardware() -> dict[str, str | int]:
         values = [line.partition(":")[2].strip() for line in lines if line.startswith(key)]
         if values:
             info[name] = values[0]
-    can_ask = hasattr(os, "sched_getaffinity")
-    info["cores"] = len(os.sched_getaffinity(0)) if can_ask else os.cpu_count() or 1
+    info["cores"] = num_usable_cores()
     gpus = _output(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"])
     if gpus:
         info["gpus"] = gpus.replace("\n", "; ")

@@ -1,10 +1,5 @@
 """Phases are measured once, reused afterwards, and survive a kill; engines here are scripted."""
 
-import os
-import signal
-import subprocess
-import sys
-import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +7,8 @@ from typing import Any
 import pytest
 
 from demo.measure import WARM_UP_TOKENS, Measurement, Progress
-from demo.settings import ROOT, Contender, Settings
-from demo.store import PhaseStore, write_atomically
+from demo.settings import Contender, Settings
+from demo.store import PhaseStore
 from tests.demo.conftest import passk_result
 
 
@@ -153,27 +148,3 @@ def test_measurement_of_changed_data(tmp_path: Path, contenders: list[Contender]
     again = Run(tmp_path, contenders, settings)
     again()
     assert "teacher passk" in again.asked
-
-
-def test_write_atomically_survives_kill(tmp_path: Path) -> None:
-    """A process that writes without end is killed at a random place: the file is whole."""
-    path = tmp_path / "state.json"
-    write_atomically(path, "0" * 1_000_000)
-    program = f"""
-        from pathlib import Path
-        from demo.store import write_atomically
-        print("ready", flush=True)
-        for i in range(10**6):
-            write_atomically(Path({str(path)!r}), str(i % 10) * 1_000_000)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    process.stdout.readline()
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=0.3)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    text = path.read_text()
-    assert len(text) == 1_000_000
-    assert len(set(text)) == 1

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from demo import run as demo_run
-from demo.contenders import find_contenders
+from demo.contenders import MODELS, find_contenders
 from demo.engine import EngineError, EngineProcess
 from demo.errors import InputError
-from demo.settings import Settings
+from demo.settings import Settings, resolved
 from demo.store import PhaseStore, lock_folder
 
 GOOD = json.dumps({"question": "1 + 1?", "answer": "#### 2"})
@@ -138,3 +138,19 @@ def test_engine_process_reports_a_failed_start(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"start: .*details in .*engines\.log"):
         EngineProcess(tmp_path / "absent", {}, log)
     assert "Traceback" in log.read_text()
+
+
+@pytest.mark.engine
+def test_engine_process_measures_speed(tmp_path: Path) -> None:
+    """Prompts that come twice, in a batch or in two rounds, are prefilled each time.
+
+    The worker itself checks that nothing came from the prefix cache and that one step did it all.
+    """
+    settings = resolved(Settings(max_num_seqs=8, max_model_len=128, kv_cache_bytes=2**26))
+    engine = EngineProcess(MODELS / "llamba-tiny", settings, tmp_path / "engines.log")
+    prompts = ["Anna has 5 books.", "Hugo has 28 eggs. In January Hugo sells 7.", "Ben has 3 pens."]
+    for _ in range(2):
+        found = engine.ask("speed", prompts=prompts, num_sequences=8, num_tokens=4)
+        assert found["prefill_tokens_per_s"] > 0
+        assert found["decode_tokens_per_s"] > 8 * 3 / found["seconds"]
+    engine.close()

@@ -4,6 +4,7 @@ import os
 import platform
 import socket
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -21,15 +22,54 @@ SHORT = Limits(cpu_s=1, wall_s=60.0)
 TESTS = "assert f(2) == 4\nassert f(-3) == 9\n"
 
 
-def _run(code: str, tests: str = TESTS, limits: Limits = SHORT, **fields: str) -> Outcome:
-    job = Job((code,), fields.get("prompt", ""), fields.get("setup", ""), tests, None)
-    (found,) = run_programs([job], limits)
+def _job(code: str, tests: str = TESTS, setup: str = "") -> Job:
+    return Job((code,), "", setup, tests, None)
+
+
+def _run(code: str, tests: str = TESTS, limits: Limits = SHORT, setup: str = "") -> Outcome:
+    (found,) = run_programs([_job(code, tests, setup)], limits)
     return found
 
 
-def _returns(text: str) -> str:
+def _run_all(
+    codes: Iterable[str], tests: str = TESTS, limits: Limits = SHORT, workers: int | None = None
+) -> list[Outcome]:
+    return run_programs([_job(code, tests) for code in codes], limits, workers)
+
+
+def _verdicts(outcomes: Iterable[Outcome]) -> list[str]:
+    return [outcome.outcome for outcome in outcomes]
+
+
+def _returns(text: str, imports: str = "") -> str:
     """Return a program whose f evaluates a text, in which nothing need hold."""
-    return f"def f(x):\n    return {text}\n"
+    begin = f"import {imports}\n" if imports else ""
+    return f"{begin}def f(x):\n    return {text}\n"
+
+
+def _right_if_refused(begin: str, calls: str, refusal: str = "True") -> str:
+    """Return a program that passes `TESTS` if the system refuses it everything it tries.
+
+    Args:
+        begin: what the program does first; must not fail.
+        calls: tuples of a function and its arguments, separated by commas.
+        refusal: what must hold for the OSError of each, named ``error``.
+    """
+    return f"""
+{begin}
+def refused(make, *args):
+    try:
+        make(*args)
+    except OSError as error:
+        return {refusal}
+    return False
+def f(x):
+    calls = [{calls}]
+    return x * x if all(refused(*call) for call in calls) else 7
+"""
+
+
+RIGHT = _returns("x * x")
 
 
 # -- verdicts --------------------------------------------------------------------------------------
@@ -37,22 +77,21 @@ def _returns(text: str) -> str:
 
 def test_right_and_wrong_programs_in_order() -> None:
     codes = {
-        "def f(x):\n    return x * x\n": "passed",
-        "def f(x):\n    return x + 2\n": "failed",
+        RIGHT: "passed",
+        _returns("x + 2"): "failed",
         "def f(x:\n    return x\n": "failed",
         "def f(x):\n    raise ValueError(x)\n": "failed",
         "def g(x):\n    return x * x\n": "failed",
         "": "failed",
-        "import nowhere\ndef f(x):\n    return x * x\n": "failed",
+        _returns("x * x", imports="nowhere"): "failed",
         "f = lambda x: x ** 2.0\n": "passed",
         "\0": "failed",
-        "def f(x):\n    return '\udc80'\n": "failed",
-        "def f(x):\n    return " + "(" * 5000 + ")" * 5000: "failed",
-        "def f(x):\n    return f(x)\n": "failed",
+        _returns("'\udc80'"): "failed",
+        _returns("(" * 5000 + ")" * 5000): "failed",
+        _returns("f(x)"): "failed",
     }
-    jobs = [Job((code,), "", "", TESTS, None) for code in codes]
-    found = run_programs(jobs, SHORT, workers=3)
-    assert [outcome.outcome for outcome in found] == list(codes.values())
+    found = _run_all(codes, workers=3)
+    assert _verdicts(found) == list(codes.values())
     details = [outcome.detail for outcome in found]
     assert details[0] == ""
     assert details[1] == "line 2"
@@ -72,22 +111,32 @@ def test_a_check_function_and_the_prompts_helpers() -> None:
     whole = Job((prompt, "def area(r): return math.pi * r * r"), prompt, "", tests, "area")
     unknown = Job((prompt, "def volume(r): return 0"), prompt, "", tests, "volume")
     empty = Job((prompt,), prompt, "", tests, "area")
-    found = run_programs([whole, unknown, empty], SHORT)
-    assert [outcome.outcome for outcome in found] == ["passed", "failed", "failed"]
+    assert _verdicts(run_programs([whole, unknown, empty], SHORT)) == ["passed", "failed", "failed"]
 
 
-def test_values_keep_their_types() -> None:
-    values = [
+@pytest.mark.parametrize(
+    "value",
+    [
         "None, True, 1.5, 'a', [1, (2,)], {1: {'b'}}, frozenset({3}), b'x', 2j, range(3), 7**60",
         "float('inf'), -0.0, '\\ud800', {(1, 2): []}, set(), ()",
-    ]
-    for value in values:
-        assert _run(f"def f():\n    return {value}\n", f"assert f() == ({value})").detail == ""
-        assert _run("def f(x):\n    return x\n", f"assert f(({value})) == ({value})").detail == ""
-    assert _run("def f():\n    return [1]\n", "assert f() == (1,)").outcome == "failed"
-    assert _run("def f():\n    return 1\n", "assert f() is True").outcome == "failed"
-    nan = "assert f() != f() and f() > 1 - f() or True"
-    assert _run("def f():\n    return float('nan')\n", nan).outcome == "passed"
+    ],
+)
+def test_values_are_the_same_on_the_other_side(value: str) -> None:
+    """Those that the program returns, and those that it is given."""
+    assert _run(_returns(value), f"assert f(0) == ({value})").detail == ""
+    assert _run(_returns("x"), f"assert f(({value})) == ({value})").detail == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "tests", "expected"),
+    [
+        ("[1]", "assert f(0) == (1,)", "failed"),
+        ("1", "assert f(0) is True", "failed"),
+        ("float('nan')", "assert f(0) != f(0) and not f(0) > 1", "passed"),
+    ],
+)
+def test_values_keep_their_types(value: str, tests: str, expected: str) -> None:
+    assert _run(_returns(value), tests).outcome == expected
 
 
 def test_objects_of_the_program_are_used_where_they_are() -> None:
@@ -133,19 +182,18 @@ except KeyError:
 
 
 def test_tests_that_cannot_be_run_are_no_verdict() -> None:
-    with pytest.raises(FaultyTestsError, match="an argument of type object"):
-        _run("def f(x):\n    return x\n", "assert f(object()) == 1")
     swallowed = "try:\n    f(object())\nexcept:\n    pass\nassert True"
-    with pytest.raises(FaultyTestsError, match="an argument of type object"):
-        _run("def f(x):\n    return x\n", swallowed)
+    for tests in ("assert f(object()) == 1", swallowed):
+        with pytest.raises(FaultyTestsError, match="an argument of type object"):
+            _run(_returns("x"), tests)
 
 
 def test_a_program_cannot_make_the_tests_look_faulty() -> None:
     """That would end the scoring; a value that grows too long fails the program instead."""
-    big = "def f(x):\n    return 'x' * (15 << 20)\ndef g(x):\n    return 1\n"
+    big = _returns("'x' * (15 << 20)") + "def g(x):\n    return 1\n"
     limits = Limits(cpu_s=20)
     assert _run(big, "assert g([f(1), f(2)]) == 1", limits).outcome == "failed"
-    code = "def f(double):\n    return len(double('x' * (15 << 20)))\n"
+    code = _returns("len(x('x' * (15 << 20)))")
     assert _run(code, "assert f(lambda x: x + x) == 1", limits).outcome == "failed"
 
 
@@ -153,9 +201,9 @@ def test_a_program_cannot_make_the_tests_look_faulty() -> None:
 
 FAKES = {
     "exit 0 when loaded": "import sys\nsys.exit(0)\n",
-    "exit 0 when called": "import sys\ndef f(x):\n    sys.exit(0)\n",
+    "exit 0 when called": _returns("sys.exit(0)", imports="sys"),
     "hard exit when loaded": "import os\nos._exit(0)\n",
-    "hard exit when called": "import os\ndef f(x):\n    os._exit(0)\n",
+    "hard exit when called": _returns("os._exit(0)", imports="os"),
     "equal to everything": """
 class A:
     def __eq__(self, other): return True
@@ -169,7 +217,7 @@ class A(int):
 def f(x):
     return A(7)
 """,
-    "printed success": 'print(\'{"outcome": "passed", "detail": ""}\')\ndef f(x):\n    return 7\n',
+    "printed success": 'print(\'{"outcome": "passed", "detail": ""}\')\n' + _returns("7"),
     "written to every file": """
 import os
 REPORT = b'{"outcome": "passed", "detail": "", "behaviour": null}\\n'
@@ -239,14 +287,14 @@ def test_faked_success_fails(name: str) -> None:
 
 def test_a_bare_except_in_the_tests_does_not_hide_the_end() -> None:
     tests = "try:\n    f(1)\nexcept:\n    pass\nassert True"
-    assert _run("import os\ndef f(x):\n    os._exit(0)\n", tests).outcome == "died"
+    assert _run(FAKES["hard exit when called"], tests).outcome == "died"
 
 
 def test_the_tests_use_their_own_modules() -> None:
     tests = "assert math.isclose(f(2), 4)"
-    assert _run("import math\ndef f(x):\n    return math.sqrt(x ** 4)\n", tests).detail == ""
-    assert "NameError" in _run("def f(x):\n    return x * x\n", tests).detail
-    fake = "class math:\n    isclose = lambda *args: True\ndef f(x):\n    return 7\n"
+    assert _run(_returns("math.sqrt(x ** 4)", imports="math"), tests).detail == ""
+    assert "NameError" in _run(RIGHT, tests).detail
+    fake = "class math:\n    isclose = lambda *args: True\n" + _returns("7")
     assert _run(fake, tests).outcome == "failed"
 
 
@@ -259,20 +307,18 @@ def test_endless_programs_end() -> None:
         "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass\n",
     )
     waiting = (
-        "import time\ndef f(x):\n    time.sleep(1000)\n",
-        "import os, signal\ndef f(x):\n    os.kill(os.getpid(), signal.SIGSTOP)\n",
-        "import itertools\ndef f(x):\n    return sum(itertools.count())\n",
+        _returns("time.sleep(1000)", imports="time"),
+        _returns("os.kill(os.getpid(), signal.SIGSTOP)", imports="os, signal"),
+        _returns("sum(itertools.count())", imports="itertools"),
     )
     for codes, limits in ((computing, SHORT), (waiting, Limits(600, 2.0))):
-        found = run_programs([Job((code,), "", "", TESTS, None) for code in codes], limits)
-        assert {outcome.outcome for outcome in found} == {"timeout"}
+        assert set(_verdicts(_run_all(codes, limits=limits))) == {"timeout"}
 
 
 def test_a_late_program_does_not_disturb_the_next() -> None:
-    late = Job(("import time\ntime.sleep(1000)",), "", "", TESTS, None)
-    right = Job(("def f(x): return x * x",), "", "", TESTS, None)
-    found = run_programs([late, right, late, right], Limits(wall_s=3.0), workers=1)
-    assert [outcome.outcome for outcome in found] == ["timeout", "passed", "timeout", "passed"]
+    late = "import time\ntime.sleep(1000)"
+    found = _run_all([late, RIGHT, late, RIGHT], limits=Limits(wall_s=3.0), workers=1)
+    assert _verdicts(found) == ["timeout", "passed", "timeout", "passed"]
 
 
 def test_memory_is_bounded() -> None:
@@ -283,7 +329,7 @@ def test_memory_is_bounded() -> None:
 
 
 def test_endless_answers_end() -> None:
-    code = "import itertools\ndef f(x):\n    return itertools.count()\n"
+    code = _returns("itertools.count()", imports="itertools")
     found = _run(code, "assert list(f(1)) == 1", Limits(cpu_s=600, wall_s=2.0))
     assert found.outcome == "timeout"
 
@@ -297,20 +343,18 @@ def test_output_goes_nowhere() -> None:
     assert _run(_returns("input()")).outcome == "failed", "stdin is closed"
 
 
-def test_no_processes() -> None:
+def test_no_fork() -> None:
     bomb = "import os\ndef f(x):\n    while True:\n        os.fork()\n"
     assert _run(bomb).outcome == "failed"
-    for text in (
-        "__import__('subprocess').run(['true'])",
-        "__import__('os').system('true')",
-        "__import__('os').execv('/bin/true', ['true'])",
-        "__import__('os').posix_spawn('/bin/true', ['true'], {})",
-    ):
-        code = f"def f(x):\n    try:\n        return {text} and 7\n    except OSError:\n"
-        assert _run(code + "        return x * x\n").outcome in ("passed", "failed"), text
-        assert _run(code + "        return x * x\n").outcome == (
-            "failed" if "system" in text else "passed"
-        ), text
+
+
+def test_no_other_programs() -> None:
+    calls = "(subprocess.run, ['true']), (os.execv, '/bin/true', ['true']),"
+    calls += "(os.posix_spawn, '/bin/true', ['true'], {})"
+    code = _right_if_refused("import os, subprocess", calls, "isinstance(error, PermissionError)")
+    assert _run(code).detail == ""
+    # This one says it by its value and not by an error.
+    assert _run(_returns("os.system('true') == 0 and x * x", imports="os")).outcome == "failed"
 
 
 def test_threads_are_allowed() -> None:
@@ -329,27 +373,27 @@ def f(x):
 # -- outside ---------------------------------------------------------------------------------------
 
 
+def test_right_if_refused() -> None:
+    """The helper of these tests: one call that works is enough to fail, and so is a wrong error."""
+    assert _run(_right_if_refused("", "(open, '/nowhere')")).outcome == "passed"
+    assert _run(_right_if_refused("", "(open, '/nowhere'), (len, 'a')")).outcome == "failed"
+    assert _run(_right_if_refused("", "(open, '/nowhere')", "error.errno < 0")).outcome == "failed"
+
+
 def test_no_network() -> None:
     """Also to this machine: the listener here never hears anything."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.1)
         port = server.getsockname()[1]
-        code = f"""
+        begin = """
 import errno, socket
-def refused(make):
-    try:
-        make()
-    except OSError as error:
-        return error.errno == errno.EPERM
-    return False
-def f(x):
-    calls = [lambda: socket.create_connection(("127.0.0.1", {port}), 1)]
-    for family in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX, socket.AF_NETLINK):
-        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW):
-            calls.append(lambda: socket.socket(family, kind))
-    calls.append(socket.socketpair)
-    return x * x if all(map(refused, calls)) else 7
+FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX, socket.AF_NETLINK)
+KINDS = (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW)
 """
+        calls = f"""
+             (socket.create_connection, ("127.0.0.1", {port}), 1), (socket.socketpair,),
+             *((socket.socket, family, kind) for family in FAMILIES for kind in KINDS)"""
+        code = _right_if_refused(begin, calls, "error.errno == errno.EPERM")
         assert _run(code).detail == ""
         with pytest.raises(TimeoutError):
             server.accept()
@@ -376,47 +420,32 @@ def f(x):
 def test_nothing_is_written(tmp_path: Path) -> None:
     kept = tmp_path / "kept.txt"
     kept.write_text("kept")
-    code = f"""
+    begin = f"""
 import os, shutil
-def refused(make, *args):
-    try:
-        make(*args)
-    except OSError:
-        return True
-    return False
-def f(x):
-    kept, new = {str(kept)!r}, {str(tmp_path / "new")!r}
-    calls = [(open, kept, "w"), (open, kept, "a"), (open, kept, "r+"), (open, new, "x"),
+folder, kept, new = {str(tmp_path)!r}, {str(kept)!r}, {str(tmp_path / "new")!r}
+"""
+    calls = """
+             (open, kept, "w"), (open, kept, "a"), (open, kept, "r+"), (open, new, "x"),
              (open, "here", "w"), (os.remove, kept), (os.rename, kept, new), (os.mkdir, new),
              (os.truncate, kept, 0), (os.chmod, kept, 0o777), (os.symlink, kept, new),
-             (os.link, kept, new), (shutil.rmtree, {str(tmp_path)!r}), (os.utime, kept),
-             (os.mkfifo, new), (os.rmdir, {str(tmp_path)!r})]
-    return x * x if all(refused(*call) for call in calls) else 7
-"""
-    assert _run(code).detail == ""
+             (os.link, kept, new), (shutil.rmtree, folder), (os.utime, kept),
+             (os.mkfifo, new), (os.rmdir, folder)"""
+    assert _run(_right_if_refused(begin, calls)).detail == ""
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("kept.txt", "kept")]
 
 
 def test_no_signals_to_others_and_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "secret")
-    code = f"""
-import os, resource, signal
-def refused(make, *args):
-    try:
-        make(*args)
-    except OSError:
-        return True
-    return False
-def f(x):
-    calls = [(os.kill, process, signal.SIGKILL) for process in (os.getppid(), {os.getpid()}, 0, -1)]
-    calls.append((resource.prlimit, {os.getpid()}, resource.RLIMIT_CPU, (1, 1)))
-    calls.append((os.setsid,))
-    clean = "SECRET_TOKEN" not in os.environ and os.listdir(".") == []
-    return x * x if clean and all(refused(*call) for call in calls) else 7
-"""
+    begin = 'import os, resource, signal\nassert "SECRET_TOKEN" not in os.environ\n'
+    me = os.getpid()
+    calls = f"""
+             *((os.kill, process, signal.SIGKILL) for process in (os.getppid(), {me}, 0, -1)),
+             (resource.prlimit, {me}, resource.RLIMIT_CPU, (1, 1)), (os.setsid,)"""
     if _has_landlock():  # which refuses to list the folder
-        code = code.replace('os.listdir(".") == []', 'refused(os.listdir, ".")')
-    assert _run(code).detail == ""
+        calls += ', (os.listdir, ".")'
+    else:
+        begin += 'assert os.listdir(".") == []\n'
+    assert _run(_right_if_refused(begin, calls)).detail == ""
 
 
 def _has_landlock() -> bool:
@@ -431,20 +460,11 @@ def test_other_files_cannot_be_read(tmp_path: Path) -> None:
     data.write_text("answers")
     package = next(path for path in sys.path if path.endswith("site-packages"))
     installed = next(Path(package).glob("*.dist-info/METADATA"))
-    code = f"""
-import os
-def refused(make, *args):
-    try:
-        make(*args)
-    except PermissionError:
-        return True
-    return False
-def f(x):
-    calls = [(open, {str(data)!r}), (os.listdir, {str(tmp_path)!r}), (open, "/etc/passwd"),
+    calls = f"""
+             (open, {str(data)!r}), (os.listdir, {str(tmp_path)!r}), (open, "/etc/passwd"),
              (open, {__file__!r}), (open, {str(installed)!r}), (os.listdir, "/"),
-             (open, "/proc/self/environ"), (open, "/proc/self/maps")]
-    return x * x if all(refused(*call) for call in calls) else 7
-"""
+             (open, "/proc/self/environ"), (open, "/proc/self/maps")"""
+    code = _right_if_refused("import os", calls, "isinstance(error, PermissionError)")
     assert _run(code).detail == ""
 
 
@@ -457,7 +477,7 @@ def test_the_standard_library_is_there() -> None:
     code += "@dataclasses.dataclass\nclass A:\n    x: 'int'\ndef f(x):\n    return A(x).x ** 2\n"
     code += "hashlib.sha256(b'').digest()\n"
     assert _run(code).detail == ""
-    assert _run("import numpy\ndef f(x):\n    return x * x\n").outcome == "failed"
+    assert _run(_returns("x * x", imports="numpy")).outcome == "failed"
 
 
 # -- state -----------------------------------------------------------------------------------------
@@ -467,43 +487,36 @@ def test_no_state_between_programs() -> None:
     """One judge serves them in turn; what the first leaves behind, the second must not see."""
     leaves = (
         "import builtins, os, sys\nbuiltins.left = 1\nos.environ['LEFT'] = '1'\n"
-        "sys.modules['left'] = sys\ndef f(x):\n    return x * x\n"
+        "sys.modules['left'] = sys\n" + RIGHT
     )
     looks = (
         "import builtins, os, sys\n"
         "seen = hasattr(builtins, 'left') or 'LEFT' in os.environ or 'left' in sys.modules\n"
-        "def f(x):\n    return 7 if seen else x * x\n"
+        + _returns("7 if seen else x * x")
     )
     tests = TESTS + "import builtins\nassert not hasattr(builtins, 'by_tests')\n"
     tests += "builtins.by_tests = True\n"
-    jobs = [Job((code,), "", "", tests, None) for code in (leaves, looks, leaves, looks)]
-    found = run_programs(jobs, SHORT, workers=1)
+    found = _run_all([leaves, looks, leaves, looks], tests, workers=1)
     assert [outcome.detail for outcome in found] == ["", "", "", ""]
 
 
 def test_behaviour() -> None:
     """Equal values make equal behaviour, whatever is expected of them."""
-    same = [
-        "def f(x):\n    return x * x + 1\n",
-        "def f(x):\n    return 1 + x ** 2.0\n",
-        "def f(x):\n    return float(x * x) + 1 + 1e-13\n",
-    ]
-    other = ["def f(x):\n    return x * x + 2\n", "def f(x):\n    return str(x * x + 1)\n"]
-    broken = ["def f(x):\n    return None.x\n", "def f(x:", "import os\nos._exit(0)\n"]
-    codes = same + other + broken
-    found = run_programs([Job((code,), "", "", TESTS, None) for code in codes], SHORT)
+    same = list(map(_returns, ("x * x + 1", "1 + x ** 2.0", "float(x * x) + 1 + 1e-13")))
+    other = [_returns("x * x + 2"), _returns("str(x * x + 1)")]
+    broken = [_returns("None.x"), "def f(x:", "import os\nos._exit(0)\n"]
+    found = _run_all(same + other + broken)
     first = found[0].behaviour
     assert first is not None
     assert [outcome.behaviour == first for outcome in found] == [True] * 3 + [False] * 5
     assert found[3].behaviour != found[4].behaviour
     assert [outcome.behaviour for outcome in found[5:]] == [None] * 3
-    elsewhere = Job((same[0],), "", "", "assert f(2) == 5\nassert f(-3) == 10\n", None)
-    (right,) = run_programs([elsewhere], SHORT)
+    right = _run(same[0], "assert f(2) == 5\nassert f(-3) == 10\n")
     assert right.outcome == "passed"
     assert right.behaviour == first, "the expected values do not matter"
 
 
 def test_sets_and_random_tests_are_repeatable() -> None:
-    code = "def f(x):\n    return list({'alpha', 'beta', 'gamma', 'delta'}) + [x]\n"
+    code = _returns("list({'alpha', 'beta', 'gamma', 'delta'}) + [x]")
     tests = "import random\nassert f(random.random()) == 1\n"
     assert len({_run(code, tests).behaviour for _ in range(3)}) == 1

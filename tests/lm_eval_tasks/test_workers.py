@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lm_eval_tasks.workers import WorkerPool
+from lm_eval_tasks.workers import WorkerPool, num_usable_cores
 
 SLOW = ("5", "100000000!")
 
@@ -20,6 +20,18 @@ def pool() -> Iterator[WorkerPool]:
     pool = WorkerPool(size=2, deadline_s=2.0)
     yield pool
     pool.close()
+
+
+def test_the_pool_is_as_large_as_the_usable_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the process may use, not those that the machine has."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 4, 5}, raising=False)
+    assert num_usable_cores() == 3
+    assert WorkerPool().size == 3
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
+    assert WorkerPool().size == 8
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert num_usable_cores() == 64
 
 
 def test_compare_kills_at_the_deadline_and_goes_on(pool: WorkerPool) -> None:

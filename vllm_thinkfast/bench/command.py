@@ -148,7 +148,7 @@ def run(options: argparse.Namespace, write: Say) -> int:
         try:
             found = Run(models, settings, results, options.out / "logs", _progress).measure()
         except WorkerError as error:  # of the roofline; models that fail are part of the results
-            _progress(f"thinkfast bench: {error}")
+            _progress(f"thinkfast bench: roofline: {error}")
             return 1
         summary = report.summarise(found, models, settings)
         text = json.dumps({**config, **summary}, indent=1)

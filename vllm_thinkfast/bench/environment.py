@@ -18,14 +18,18 @@ _WITHOUT_EFFECT = ("cli.py", "doctor.py", "bench/report.py", "bench/figure.py")
 _SECRETS = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD")
 
 
-def versions() -> dict[str, str]:
-    """Version of Python and of every distribution that takes part."""
+def versions(*more: str) -> dict[str, str]:
+    """Version of Python and of every distribution that takes part.
+
+    Args:
+        *more: names of further distributions.
+    """
     found = {"python": platform.python_version(), "vllm-thinkfast": vllm_thinkfast.__version__}
     distribution = compat.vllm_distribution()
     if distribution is not None:
         name, found_version = distribution
         found[name] = found_version
-    for name in ("torch", "transformers", "triton"):
+    for name in ("torch", "transformers", "triton", *more):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -35,7 +39,11 @@ def versions() -> dict[str, str]:
 
 def hardware() -> dict[str, Any]:
     """Processor, usable cores, memory, and the GPUs if there are any."""
-    found: dict[str, Any] = {"machine": platform.machine(), "cores": num_usable_cores()}
+    found: dict[str, Any] = {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cores": num_usable_cores(),
+    }
     for file, field, name in (
         ("/proc/cpuinfo", "model name", "processor"),
         ("/proc/meminfo", "MemTotal", "memory"),

@@ -1,7 +1,9 @@
-"""The parent's side of a worker: one engine, or the roofline measurement, in its own process.
+"""The parent's side of a worker: a module that holds one engine, in a process of its own.
 
 A process per engine keeps peak memory honest and the engines apart; an idle one waits for input and
-takes no time from the others. The protocol is a JSON line per command and a JSON line per answer.
+takes no time from the others. The protocol is a JSON line per command; each is answered by JSON
+lines: ``progress`` any number of times, then ``result`` or ``error``. The worker's side is
+`vllm_thinkfast.bench.serve`.
 """
 
 import contextlib
@@ -9,8 +11,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from vllm_thinkfast.bench.serve import OnProgress
 
 _END_S = 20
 
@@ -20,42 +25,52 @@ class WorkerError(Exception):
 
 
 class Worker:
-    """One process of `vllm_thinkfast.bench.worker`."""
+    """One process; it imports nothing heavy before the first command."""
 
-    def __init__(self, name: str, threads: int, log: Path) -> None:
-        """Starts the process; it imports nothing heavy before the first command.
+    def __init__(
+        self,
+        module: str,
+        log: Path,
+        environment: Mapping[str, str],
+        folder: Path | None = None,
+    ) -> None:
+        """Starts the process.
 
         Args:
-            name: for messages.
-            threads: OpenMP threads.
+            module: that calls `vllm_thinkfast.bench.serve.serve` when it is run.
             log: file to which everything it prints is appended.
+            environment: variables besides this process's own and those of every worker.
+            folder: to run in; None: this process's.
         """
-        self.name = name
         self.log = log
-        environment = {
-            "OMP_NUM_THREADS": str(threads),
-            # Threads of several engines that vLLM pins would all sit on the same cores.
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            # The engine in the worker itself: its steps can be timed, its memory is the process's.
+        common = {
+            # The engine in the worker itself: its steps can be timed, its memory is the process's,
+            # its seed is the run's.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_OFFLINE": "1",  # everything is local
             "PYTHONUNBUFFERED": "1",
         }
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as opened:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "vllm_thinkfast.bench.worker"],
+                [sys.executable, "-m", module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=opened,
                 text=True,
                 encoding="utf-8",
-                env=os.environ | environment,
+                cwd=folder,
+                env={**os.environ, **common, **environment},
             )
 
-    def ask(self, do: str, **arguments: Any) -> Any:
-        """Sends a command and waits for its result; see ``worker`` for the commands.
+    def ask(self, do: str, on_progress: OnProgress | None = None, **arguments: Any) -> Any:
+        """Sends a command and waits for its result.
+
+        Args:
+            do: name of the command; the module knows them.
+            on_progress: told (done, total) by commands that report it.
+            **arguments: of the command.
 
         Raises:
             WorkerError: the command failed or the process died. The process is gone then.
@@ -67,28 +82,28 @@ class Worker:
             self.process.stdin.flush()
         except BrokenPipeError:
             pass  # the end of its output, below, says the same
-        line = self.process.stdout.readline()
-        if not line:
-            code = self.process.wait()
-            self.close()
-            raise WorkerError(f"{self.name}: the process ended with code {code}; see {self.log}")
-        answer = json.loads(line)
-        if "error" in answer:
-            self.close()
-            raise WorkerError(f"{self.name}: {answer['error']}; details in {self.log}")
-        return answer["result"]
+        for line in self.process.stdout:
+            message = json.loads(line)
+            if "error" in message:
+                self.close()
+                raise WorkerError(f"{message['error']}; details in {self.log}")
+            if "result" in message:
+                return message["result"]
+            if on_progress is not None:
+                on_progress(*message["progress"])
+        code = self.process.wait()
+        self.close()
+        raise WorkerError(f"the process ended with code {code}; see {self.log}")
 
     def close(self) -> None:
         """Ends the process."""
-        if self.process.poll() is None:
-            assert self.process.stdin is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # a command that it did not live to read
             self.process.stdin.close()
-            try:
-                self.process.wait(timeout=_END_S)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None and not pipe.closed:
-                with contextlib.suppress(BrokenPipeError):  # a command that it did not live to read
-                    pipe.close()
+        try:
+            self.process.wait(timeout=_END_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()

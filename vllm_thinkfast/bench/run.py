@@ -15,8 +15,8 @@ from typing import Any
 
 from vllm_thinkfast.bench import environment
 from vllm_thinkfast.bench.process import Worker, WorkerError
-from vllm_thinkfast.bench.settings import Cell, Model, Settings, fingerprint
-from vllm_thinkfast.bench.store import Results
+from vllm_thinkfast.bench.settings import Cell, Model, Settings
+from vllm_thinkfast.bench.store import Results, fingerprint
 
 Say = Callable[[str], None]
 Task = tuple[int, Model, Cell]
@@ -35,6 +35,21 @@ class Measured:
     """(model name, cell label) -> one result per round; those that failed have "error"."""
 
 
+def start_worker(threads: int, log: Path) -> Worker:
+    """A process of `vllm_thinkfast.bench.worker`.
+
+    Args:
+        threads: OpenMP threads.
+        log: file to which everything it prints is appended.
+    """
+    environment = {
+        "OMP_NUM_THREADS": str(threads),
+        # Threads of several engines that vLLM pins would all sit on the same cores.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    return Worker("vllm_thinkfast.bench.worker", log, environment)
+
+
 class Run:
     """Measures what is not stored yet."""
 
@@ -45,7 +60,7 @@ class Run:
         results: Results,
         logs: Path,
         say: Say,
-        start_worker: Callable[[str, int, Path], Worker] = Worker,
+        start: Callable[[int, Path], Worker] = start_worker,
     ) -> None:
         """See the class.
 
@@ -55,14 +70,14 @@ class Run:
             results: where finished measurements are and go.
             logs: folder for what the engines print.
             say: is told what happens, a line each.
-            start_worker: makes the process of an engine; arguments as of `Worker`.
+            start: makes the process of an engine; arguments as of `start_worker`.
         """
         self.models = models
         self.settings = settings
         self.results = results
         self.logs = logs
         self.say = say
-        self._start_worker = start_worker
+        self._start = start
         self._workers: dict[str, Worker] = {}
         self._broken: dict[str, str] = {}
         """Model -> why its engine does not start; it is not tried again in this run."""
@@ -135,7 +150,7 @@ class Run:
         stored = self.results.get(key)
         if stored is None:
             self.say(f"round {round_number + 1}: measuring bandwidth and operations per second")
-            worker = self._start_worker("roofline", self.settings.threads, self.logs / "roofline")
+            worker = self._start(self.settings.threads, self.logs / "roofline")
             with contextlib.closing(worker):
                 stored = worker.ask("roofline", dtype=self.settings.dtype)
             assert stored is not None
@@ -151,8 +166,7 @@ class Run:
                 self._workers.pop(name).close()
                 self._warm.clear()
         self.say(f"{model.name}: starting vLLM")
-        log = self.logs / f"{model.name}.log"
-        worker = self._start_worker(model.name, self.settings.threads, log)
+        worker = self._start(self.settings.threads, self.logs / f"{model.name}.log")
         facts = worker.ask(
             "start",
             folder=str(model.folder),
@@ -213,11 +227,12 @@ class Run:
         try:
             yield
         except WorkerError as error:
+            reason = f"{model.name}: {error}"
             if model.name not in self._workers:
-                self._broken[model.name] = str(error)
+                self._broken[model.name] = reason
             else:
                 assert cell is not None
                 self._workers.pop(model.name).close()
                 self._warm = {pair for pair in self._warm if pair[0] != model.name}
-                self._failed[model.name, cell.label] = str(error)
-            self.say(f"FAILED: {error}")
+                self._failed[model.name, cell.label] = reason
+            self.say(f"FAILED: {reason}")

@@ -247,11 +247,6 @@ def parse_gib(value: float | None, flag: str) -> int | None:
     return int(value * 2**30)
 
 
-def fingerprint(value: Any) -> str:
-    """A short hash of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def check_preset(preset: str) -> None:
     """Raises ValueError for a preset that does not exist."""
     if preset not in PRESETS:

@@ -55,20 +55,34 @@ PRESETS: dict[str, Shape] = {
 }
 
 
+def _common_fields(shape: Shape) -> dict[str, Any]:
+    """Fields that all models of a shape share."""
+    return {
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "num_hidden_layers": shape.num_hidden_layers,
+        "tie_word_embeddings": True,
+    }
+
+
+def _attention_fields(shape: Shape) -> dict[str, Any]:
+    """Fields of the models that have attention."""
+    return {
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_key_value_heads,
+        "head_dim": shape.head_dim,
+        "max_position_embeddings": _CONTEXT,
+    }
+
+
 def llama_config(shape: Shape) -> dict[str, Any]:
     """config.json of the Llama."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.hidden_size,
-        "num_hidden_layers": shape.num_hidden_layers,
         "intermediate_size": shape.intermediate_size,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_key_value_heads": shape.num_key_value_heads,
-        "head_dim": shape.head_dim,
-        "max_position_embeddings": _CONTEXT,
-        "tie_word_embeddings": True,
+        **_common_fields(shape),
+        **_attention_fields(shape),
     }
 
 
@@ -87,15 +101,12 @@ def llamba_config(shape: Shape) -> dict[str, Any]:
 
     def with_mlp(width: int) -> LlambaConfig:
         return LlambaConfig(
-            vocab_size=shape.vocab_size,
-            hidden_size=shape.hidden_size,
-            num_hidden_layers=shape.num_hidden_layers,
             intermediate_size=width,
             num_heads=shape.num_ssm_heads,
             n_groups=shape.num_ssm_heads,
             ssm_state_size=64,
-            tie_word_embeddings=True,
             max_position_embeddings=_CONTEXT,
+            **_common_fields(shape),
         )
 
     return _fields(_matched(shape, with_mlp))
@@ -114,21 +125,15 @@ def mambainllama_config(shape: Shape) -> dict[str, Any]:
 
     def with_mlp(width: int) -> MambaInLlamaConfig:
         return MambaInLlamaConfig(
-            vocab_size=shape.vocab_size,
-            hidden_size=shape.hidden_size,
-            num_hidden_layers=shape.num_hidden_layers,
             intermediate_size=width,
-            num_attention_heads=shape.num_attention_heads,
-            num_key_value_heads=shape.num_key_value_heads,
-            head_dim=shape.head_dim,
             attention_layers=shape.attention_layers,
             mamba_version="mamba1",
             mamba_num_heads=shape.num_attention_heads * shape.head_dim // N,
             mamba_n_groups=shape.num_key_value_heads * shape.head_dim // N,
             ssm_state_size=N,
-            tie_word_embeddings=True,
-            max_position_embeddings=_CONTEXT,
             architectures=["MambaInLlamaForCausalLM"],
+            **_common_fields(shape),
+            **_attention_fields(shape),
         )
 
     return _fields(_matched(shape, with_mlp))
@@ -139,9 +144,6 @@ def mamba2_config(shape: Shape) -> dict[str, Any]:
     return {
         "architectures": ["Mamba2ForCausalLM"],
         "model_type": "mamba2",
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.hidden_size,
-        "num_hidden_layers": shape.num_hidden_layers,
         "num_heads": shape.num_ssm_heads,
         "head_dim": shape.hidden_size // shape.num_ssm_heads,
         "n_groups": shape.num_ssm_heads,
@@ -151,7 +153,7 @@ def mamba2_config(shape: Shape) -> dict[str, Any]:
         "use_bias": False,
         "use_conv_bias": True,
         "hidden_act": "silu",
-        "tie_word_embeddings": True,
+        **_common_fields(shape),
     }
 
 

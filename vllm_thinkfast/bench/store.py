@@ -1,6 +1,7 @@
 """Finished measurements, one JSON line each, so that a killed run continues where it stopped."""
 
 import fcntl
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -77,7 +78,21 @@ class Results:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file that is either complete or absent, whenever the process is killed."""
+    """Writes a text file that is either complete or absent, whenever the process is killed.
+
+    Args:
+        path: of the file; its folder is made.
+        text: content.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text, encoding="utf-8")
+    with unfinished.open("w", encoding="utf-8") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
     os.replace(unfinished, path)
+
+
+def fingerprint(value: Any) -> str:
+    """A short hash of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,28 +1,21 @@
 """The process that holds one engine. Started by `vllm_thinkfast.bench.process`, never by hand.
 
 Commands: ``start`` (make the engine, say what it is), ``warm_up``, ``measure`` (one cell), and
-``roofline``, which needs no engine. What vLLM prints goes to stderr, which is the log. The process
-ends when its input ends.
+``roofline``, which needs no engine.
 """
 
-import contextlib
-import ctypes
-import json
 import math
 import os
 import random
-import signal
 import statistics
-import sys
 import time
-import traceback
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
+
+from vllm_thinkfast.bench.serve import OnProgress, peak_memory_bytes, reset_peak_memory, serve
 
 _WARM_UP_PROMPT_TOKENS = 8
 _FIRST_ORDINARY_TOKEN = 3
-_LONGEST_MESSAGE = 400
 _FEWEST_STEPS = 3
 """Of pure decoding; fewer give no median worth the name."""
 
@@ -55,10 +48,18 @@ class Engine:
         return self.scheduler.kv_cache_config
 
     @property
+    def cache_bytes(self) -> int:
+        """Bytes of the whole cache."""
+        tensors = self._cache.kv_cache_tensors
+        if hasattr(tensors[0], "layer_stride"):
+            # Places in one allocation that all groups of layers share: they overlap.
+            return max(int(tensor.size) for tensor in tensors)
+        return sum(int(tensor.size) for tensor in tensors)  # allocations; vLLM before 0.32
+
+    @property
     def block_bytes(self) -> float:
         """Bytes of one cache block, all layers that share it."""
-        size = sum(tensor.size for tensor in self._cache.kv_cache_tensors)
-        return float(size / self._cache.num_blocks)
+        return self.cache_bytes / float(self._cache.num_blocks)
 
     def describe(self, lengths: Sequence[int]) -> dict[str, Any]:
         """What the parent needs to know of the engine.
@@ -74,7 +75,7 @@ class Engine:
             "num_parameters": count,
             "architecture": self.config.model_config.architecture,
             "max_concurrency": {str(n): self.max_concurrency(n) for n in lengths},
-            "cache_bytes": sum(tensor.size for tensor in self._cache.kv_cache_tensors),
+            "cache_bytes": self.cache_bytes,
             "num_blocks": self._cache.num_blocks,
             "prefix_caching": bool(self.config.cache_config.enable_prefix_caching),
             "step_cost": self._step_cost(count, embedding) if count and is_plain else None,
@@ -292,36 +293,9 @@ def count_parameters(hf_config: Any) -> tuple[int | None, int]:
     return sum(parameter.numel() for parameter in model.parameters()), embedding
 
 
-def reset_peak_memory() -> None:
-    """Begins a new peak, where the system can: Linux for the process, torch for a GPU.
-
-    Where it cannot, the peak is the one since the process began, as docs/benchmark.md says.
-    """
-    import torch
-
-    with contextlib.suppress(OSError):  # not Linux, or a container that forbids it
-        Path("/proc/self/clear_refs").write_text("5")
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_memory_bytes() -> dict[str, int]:
-    """Largest resident memory of this process and, on a GPU, of torch's allocator."""
-    import resource
-
-    import torch
-
-    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    status = Path("/proc/self/status")
-    if status.exists():
-        (line,) = [x for x in status.read_text().splitlines() if x.startswith("VmHWM")]
-        peak["process"] = int(line.split()[1]) * 1024
-    if torch.cuda.is_available():
-        peak["device"] = torch.cuda.max_memory_allocated()
-    return peak
-
-
-def answer(engine: Engine | None, command: dict[str, Any]) -> tuple[Engine | None, Any]:
+def answer(
+    engine: Engine | None, command: dict[str, Any], _: OnProgress
+) -> tuple[Engine | None, Any]:
     """Carries out one command; returns the engine and the result."""
     do = command.pop("do")
     if do == "roofline":
@@ -339,29 +313,5 @@ def answer(engine: Engine | None, command: dict[str, Any]) -> tuple[Engine | Non
     return engine, engine.measure(**command)
 
 
-def main() -> None:
-    """Serves commands until the input ends, or the parent does."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    engine = None
-    for line in sys.stdin:
-        try:
-            engine, result = answer(engine, json.loads(line))
-            reply = {"result": result}
-        except Exception as error:
-            traceback.print_exc()
-            # pydantic's first line only counts the errors.
-            text = " ".join(str(error).split())[:_LONGEST_MESSAGE]
-            reply = {"error": f"{type(error).__name__}: {text}"}
-        channel.write(json.dumps(reply) + "\n")
-        channel.flush()
-    sys.stderr.flush()
-    # Everything asked for has been answered; vLLM's tear-down would only add noise to the log.
-    os._exit(0)
-
-
 if __name__ == "__main__":
-    main()
+    serve(answer)

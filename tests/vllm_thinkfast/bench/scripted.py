@@ -64,8 +64,8 @@ class Stage:
         self.broken = broken
         self.num_measured = 0
 
-    def start(self, name: str, threads: int, log: Path) -> Any:
-        return _Scripted(self, name)
+    def start(self, threads: int, log: Path) -> Any:
+        return _Scripted(self, log.stem)
 
     @property
     def measured(self) -> list[str]:
@@ -81,14 +81,14 @@ class _Scripted:
         stage = self.stage
         if do == "roofline":
             if "roofline" in stage.failing:
-                raise WorkerError("roofline: no memory")
+                raise WorkerError("no memory")
             return dict(MACHINE)
         stage.alive.add(self.name)
         stage.most_alive = max(stage.most_alive, len(stage.alive))
         if do == "start":
             stage.calls.append(f"start {self.name}")
             if self.name in stage.broken:
-                raise WorkerError(f"{self.name}: no memory")
+                raise WorkerError("no memory")
             return {
                 "num_parameters": 1000,
                 "max_concurrency": {str(length): 6.9 for length in arguments["lengths"]},
@@ -99,7 +99,7 @@ class _Scripted:
         if do == "warm_up":
             return None
         if f"{self.name} {arguments['batch']}" in stage.failing:
-            raise WorkerError(f"{self.name}: IndexError")
+            raise WorkerError("IndexError")
         stage.num_measured += 1
         return cell_row(SPEED[self.name], arguments["batch"], slower=1 + 0.1 * stage.num_measured)
 

@@ -87,6 +87,13 @@ def test_parameters(engine: worker.Engine, folder: Path) -> None:
     assert described["step_cost"]["weight_bytes"] == 4 * described["num_parameters"]
 
 
+def test_cache_bytes(engine: worker.Engine) -> None:
+    """What the engine was given; groups of layers that share the memory count once."""
+    described = engine.describe(LENGTHS)
+    assert 0.9 * CACHE_BYTES < described["cache_bytes"] <= CACHE_BYTES
+    assert engine.block_bytes * described["num_blocks"] == described["cache_bytes"]
+
+
 def test_measure(engine: worker.Engine, stated: BytesPerSequence) -> None:
     found = engine.measure("separate", 4, NUM_PROMPT_TOKENS, NUM_TOKENS, seed=0)
     assert found["most_running"] == 4

@@ -1,16 +1,48 @@
 """The worker process itself: protocol, errors, end. No engine is started."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from vllm_thinkfast.bench.process import Worker, WorkerError
+from vllm_thinkfast.bench.run import start_worker
+
+SERVER = """
+import os, sys
+from vllm_thinkfast.bench.serve import serve
+
+def answer(engine, command, on_progress):
+    do = command["do"]
+    if do == "count":
+        print("not an answer")
+        for done in range(1, 4):
+            on_progress(done, 3)
+        return (engine or 0) + 1, command["word"]
+    if do == "counted":
+        return engine, [engine, os.getcwd(), os.environ["MINE"], os.environ["HF_HUB_OFFLINE"]]
+    if do == "exit":
+        sys.exit("two\\nlines")
+    raise AssertionError
+
+serve(answer)
+"""
 
 
 @pytest.fixture
 def worker(tmp_path: Path) -> Iterator[Worker]:
-    worker = Worker("probe", threads=1, log=tmp_path / "logs" / "probe.log")
+    worker = start_worker(threads=1, log=tmp_path / "logs" / "probe.log")
+    yield worker
+    worker.close()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Worker]:
+    """A module of its own, in a folder of its own."""
+    (tmp_path / "server.py").write_text(SERVER)
+    path = ":".join([str(tmp_path), *filter(None, sys.path)])
+    worker = Worker("server", tmp_path / "log", {"MINE": "1", "PYTHONPATH": path}, tmp_path)
     yield worker
     worker.close()
 
@@ -27,13 +59,31 @@ def test_roofline(worker: Worker) -> None:
 
 
 def test_error_names_the_log(worker: Worker) -> None:
-    with pytest.raises(WorkerError, match=r"probe: AssertionError: .*; details in .*probe\.log"):
+    with pytest.raises(WorkerError, match=r"^AssertionError; details in .*probe\.log"):
         worker.ask("measure", mode="separate")
     assert worker.process.returncode == 0
     assert "Traceback" in worker.log.read_text()
 
 
+def test_progress_and_result(server: Worker, tmp_path: Path) -> None:
+    """The engine stays between commands; what the module prints does not disturb the protocol."""
+    seen: list[tuple[int, int]] = []
+    assert server.ask("count", lambda *counts: seen.append(counts), word="ä") == "ä"
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert server.ask("count", word="b") == "b"
+    assert server.ask("counted") == [2, str(tmp_path.resolve()), "1", "1"]
+    server.close()
+    assert server.process.returncode == 0
+    assert "not an answer" in server.log.read_text()
+
+
+def test_exit_of_the_engine_is_an_error(server: Worker) -> None:
+    with pytest.raises(WorkerError, match=r"^SystemExit: two lines; details in"):
+        server.ask("exit")
+    assert server.process.returncode == 0
+
+
 def test_died(worker: Worker) -> None:
     worker.process.kill()
-    with pytest.raises(WorkerError, match="probe: the process ended with code -9"):
+    with pytest.raises(WorkerError, match=r"^the process ended with code -9"):
         worker.ask("roofline", dtype="float32")

@@ -1,11 +1,18 @@
 """Measurements survive a kill at any byte, and one run at a time writes them."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
-from vllm_thinkfast.bench.store import Results
+from vllm_thinkfast.bench.store import Results, write_atomically
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_stored_at_once(tmp_path: Path) -> None:
@@ -58,3 +65,27 @@ def test_foreign_line(tmp_path: Path) -> None:
     (tmp_path / "measurements.jsonl").write_text('{"key": "a", "value": {}}\n{"other": 1}\n')
     with pytest.raises(ValueError, match=r"line 2: not readable.*--fresh"):
         Results(tmp_path)
+
+
+def test_write_atomically_survives_kill(tmp_path: Path) -> None:
+    """A process that writes without end is killed at a random place: the file is whole."""
+    path = tmp_path / "state.json"
+    write_atomically(path, "0" * 1_000_000)
+    program = f"""
+        from pathlib import Path
+        from vllm_thinkfast.bench.store import write_atomically
+        print("ready", flush=True)
+        for i in range(10**6):
+            write_atomically(Path({str(path)!r}), str(i % 10) * 1_000_000)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.3)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    text = path.read_text()
+    assert len(text) == 1_000_000
+    assert len(set(text)) == 1
