@@ -24,7 +24,7 @@ from vllm.transformers_utils.repo_utils import file_or_path_exists, get_hf_file_
 from vllm_thinkfast.checkpoints.config_reader import MAMBA_CONFIG, merge_published
 from vllm_thinkfast.checkpoints.folder import read_json, tensor_names
 from vllm_thinkfast.checkpoints.key_map import CheckpointError
-from vllm_thinkfast.configs import MambaInLlamaConfig
+from vllm_thinkfast.configs import LlambaConfig, MambaInLlamaConfig
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +57,13 @@ class ThinkfastConfigParser(HFConfigParser):
             config = _read("config.json", model, revision)
         if config is None or config.get("model_type") == MambaInLlamaConfig.model_type:
             # A converted folder carries everything in config.json.
-            return super().parse(  # type: ignore[no-any-return]
+            parsed: tuple[dict[str, Any], PretrainedConfig] = super().parse(
                 model, trust_remote_code, revision, code_revision, **kwargs
             )
+            if isinstance(parsed[1], LlambaConfig | MambaInLlamaConfig) and Path(model).is_dir():
+                # Raises where vLLM's reader takes the last of two equal fields.
+                read_json(Path(model) / "config.json")
+            return parsed
         mamba_config = _read(MAMBA_CONFIG, model, revision)
         names = _names_in_repository(model, revision)
         merged = merge_published(config, mamba_config, names, str(model))
@@ -68,6 +72,8 @@ class ThinkfastConfigParser(HFConfigParser):
 
 def _read(name: str, model: str | Path, revision: str | None) -> dict[str, Any]:
     """A JSON file that is known to exist."""
+    if Path(model).is_dir():
+        return read_json(Path(model) / name)
     found: dict[str, Any] | None = get_hf_file_to_dict(name, model, revision)
     if found is None:
         raise ValueError(

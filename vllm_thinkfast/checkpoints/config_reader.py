@@ -12,6 +12,7 @@ from vllm_thinkfast.checkpoints.folder import read_json, tensor_names
 from vllm_thinkfast.checkpoints.key_map import CheckpointError
 from vllm_thinkfast.checkpoints.mamba_in_llama import layout_of
 from vllm_thinkfast.configs import LlambaConfig, MambaInLlamaConfig
+from vllm_thinkfast.configs.fields import shown
 from vllm_thinkfast.configs.mamba_in_llama import WeightLayout
 
 logger = logging.getLogger(__name__)
@@ -57,9 +58,9 @@ def read_config(folder: Path) -> Config:
         mamba_config = read_json(folder / MAMBA_CONFIG)
         return merge_published(config, mamba_config, tensor_names(folder), str(folder))
     raise CheckpointError(
-        f"{folder}: model_type={model_type!r} without {MAMBA_CONFIG}; accepted: a Llamba folder "
-        '(model_type "llamba"), a MambaInLlama or M1 folder (config.json with mamba_config.json '
-        "beside it), or a folder written by `thinkfast convert`."
+        f"{folder}: model_type={shown(model_type)} without {MAMBA_CONFIG}; accepted: a Llamba "
+        'folder (model_type "llamba"), a MambaInLlama or M1 folder (config.json with '
+        "mamba_config.json beside it), or a folder written by `thinkfast convert`."
     )
 
 
@@ -74,6 +75,12 @@ def merge_published(
         names: names of the tensors in the folder; empty if it has no weights.
         source: the folder or repository, for messages.
     """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in _CLASS_DEFAULTS:
+        raise CheckpointError(
+            f"{source}: config.json: model_type={shown(model_type)} beside {MAMBA_CONFIG}; "
+            f"accepted: {', '.join(map(repr, _CLASS_DEFAULTS))}, the base model's."
+        )
     for required in (
         "hidden_size",
         "num_hidden_layers",
@@ -83,10 +90,11 @@ def merge_published(
     ):
         if not isinstance(config.get(required), int):
             raise CheckpointError(
-                f"{source}: config.json: {required}={config.get(required)!r} must be an integer."
+                f"{source}: config.json: {required}={shown(config.get(required))} must be an "
+                "integer."
             )
     # Base configurations state only what differs from their class's default.
-    defaults = _CLASS_DEFAULTS.get(str(config.get("model_type")), _CLASS_DEFAULTS["llama"])
+    defaults = _CLASS_DEFAULTS[model_type]
     # null means the default: old versions of transformers wrote it for fields they did not know.
     stated = {key: value for key, value in config.items() if value is not None}
     merged = {**defaults, **stated}
@@ -98,8 +106,8 @@ def merge_published(
 def _layout(mamba_config: dict[str, Any], names: list[str], source: str) -> WeightLayout:
     if names:
         return layout_of(names, source)
-    ssm_cfg = mamba_config.get("ssm_cfg") or {}
-    if "ngroups" in ssm_cfg:
+    ssm_cfg = mamba_config.get("ssm_cfg")
+    if isinstance(ssm_cfg, dict) and "ngroups" in ssm_cfg:
         return "mambainllama_mamba2"
     logger.warning(
         "%s has no weights: MambaInLlama Mamba-1 and M1 share their config files, and only the "

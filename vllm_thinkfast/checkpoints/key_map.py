@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_thinkfast.configs.fields import printable
+
 Shape = tuple[int, ...]
 _MAX_LISTED = 12
 _COMPUTED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
@@ -88,10 +90,12 @@ def read_tensors(
             if pass_through and name.endswith(pass_through):
                 yield name, tensor
             else:
-                surplus.append(f"{name} {list(tensor.shape)}")
+                surplus.append(f"{printable(name)} {list(tensor.shape)}")
             continue
         if name in seen:
-            raise CheckpointError(f"{source}: {name} occurs twice; remove one of the files.")
+            raise CheckpointError(
+                f"{source}: {printable(name)} occurs twice; remove one of the files."
+            )
         seen.add(name)
         expected = published_shape(rule, name, house_shapes)
         if not pass_through and tuple(tensor.shape) != expected:

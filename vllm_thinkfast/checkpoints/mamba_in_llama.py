@@ -9,6 +9,7 @@ from collections.abc import Collection
 
 from vllm_thinkfast.checkpoints.key_map import CheckpointError, Rule, Shape, rename
 from vllm_thinkfast.configs import MambaInLlamaConfig
+from vllm_thinkfast.configs.fields import printable
 from vllm_thinkfast.configs.mamba_in_llama import WeightLayout
 
 
@@ -172,9 +173,10 @@ def layout_of(names: Collection[str], source: str) -> WeightLayout:
             "least one mamba layer). If every layer is attention, remove mamba_config.json and "
             "serve the folder as the Llama it is."
         )
+    found = [printable(tail) for tail in sorted(tails)[:12]]
     raise CheckpointError(
         f"{source}: mamba_config.json is there, but no known layout fits the weights; mixer "
-        f"tensors found: {sorted(tails)[:12] or 'none'}; accepted: MambaInLlama Mamba-1 "
+        f"tensors found: {found or 'none'}; accepted: MambaInLlama Mamba-1 "
         "(mamba.in_proj_x), MambaInLlama Mamba-2 (mamba.in_proj with mamba.dt_bias), M1 "
         "(mamba.in_proj with mamba.dt_proj)."
     )

@@ -7,18 +7,25 @@ vocabulary.
 """
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any, Literal, get_args
 
 from transformers import PretrainedConfig
 
 from vllm_thinkfast.configs.fields import (
+    LARGEST_DEPTH,
+    accepted_by_transformers,
     check_choice,
     check_divides,
     check_flags,
     check_known_keys,
+    check_no_members,
     check_object,
+    check_of_transformers,
     check_positive,
     check_positive_number,
+    check_spelling,
+    in_published_words,
 )
 
 _OWNER = "Llamba config.json"
@@ -51,6 +58,7 @@ class LlambaConfig(PretrainedConfig):
 
     def __init__(
         self,
+        /,
         *,
         vocab_size: int | None = None,
         hidden_size: int = 2048,
@@ -107,19 +115,26 @@ class LlambaConfig(PretrainedConfig):
         Raises:
             ValueError: an impossible or unknown value; the message names it.
         """
+        given = {name: value for name, value in locals().items() if name in _HOUSE_DEFAULTS}
         if "d_model" in kwargs or "ssm_cfg" in kwargs:
+            _check_not_mixed(given)
             # These three have the same name in both vocabularies.
             kwargs["vocab_size"] = vocab_size
             kwargs["lm_head_bias"] = lm_head_bias
             kwargs["max_position_embeddings"] = max_position_embeddings
-            self.__init__(**_read_published(kwargs))  # type: ignore[misc]
+            try:
+                self.__init__(**_read_published(kwargs))  # type: ignore[misc]
+            except ValueError as error:
+                raise in_published_words(error, _PUBLISHED_NAMES) from error
             return
+        check_no_members(_OWNER, LlambaConfig, kwargs)
+        check_spelling(_OWNER, kwargs, _HOUSE_FIELDS | _PASSED_ON)
+        check_of_transformers(_OWNER, **kwargs)
         vocab_size = 128256 if vocab_size is None else vocab_size
         check_positive(
             _OWNER,
             vocab_size=vocab_size,
             hidden_size=hidden_size,
-            num_hidden_layers=num_hidden_layers,
             intermediate_size=intermediate_size,
             num_heads=num_heads,
             n_groups=n_groups,
@@ -129,6 +144,7 @@ class LlambaConfig(PretrainedConfig):
             chunk_size=chunk_size,
             max_position_embeddings=max_position_embeddings,
         )
+        check_positive(_OWNER, largest=LARGEST_DEPTH, num_hidden_layers=num_hidden_layers)
         check_positive_number(_OWNER, final_norm_eps=final_norm_eps, rms_norm_eps=rms_norm_eps)
         check_choice(_OWNER, "mixer_activation", mixer_activation, ("identity", "silu"))
         check_choice(_OWNER, "hidden_act", hidden_act, _SILU_NAMES)
@@ -174,7 +190,8 @@ class LlambaConfig(PretrainedConfig):
         # Published files may carry no `architectures`; vLLM needs one.
         if not kwargs.get("architectures"):
             kwargs["architectures"] = ["LlambaForCausalLM"]
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        with accepted_by_transformers(_OWNER):
+            super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     @property
     def mixer_size(self) -> int:
@@ -202,6 +219,63 @@ class LlambaConfig(PretrainedConfig):
         return ["mamba"] * int(self.num_hidden_layers)
 
 
+_HOUSE_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in signature(LlambaConfig.__init__).parameters.items()
+    if name not in ("self", "kwargs")
+}
+_HOUSE_FIELDS = frozenset(_HOUSE_DEFAULTS)
+_PASSED_ON = frozenset({"architectures", "model_type", "dtype", "torch_dtype"})
+"""Fields of transformers that matter here."""
+_SHARED_FIELDS = frozenset({"vocab_size", "lm_head_bias", "max_position_embeddings"})
+"""Fields with the same name in published files and in ours."""
+_PUBLISHED_FIELDS = _SHARED_FIELDS | {
+    "d_model",
+    "n_layer",
+    "pad_vocab_size_multiple",
+    "tie_embeddings",
+    "resid_dropout",
+    "norm_epsilon",
+    "mlp_cfg",
+    "ssm_cfg",
+}
+
+
+_PUBLISHED_NAMES = {
+    "hidden_size": "d_model",
+    "num_hidden_layers": "n_layer",
+    "final_norm_eps": "norm_epsilon",
+    "tie_word_embeddings": "tie_embeddings",
+    "intermediate_size": "mlp_cfg.intermediate_size",
+    "hidden_act": "mlp_cfg.act_fn",
+    "mlp_bias": "mlp_cfg.bias",
+    "num_heads": "ssm_cfg.n_v_heads",
+    "n_groups": "ssm_cfg.n_qk_heads",
+    "ssm_state_size": "ssm_cfg.d_state",
+    "expand": "ssm_cfg.expand",
+    "conv_kernel": "ssm_cfg.d_conv",
+    "use_conv_bias": "ssm_cfg.conv_bias",
+    "use_bias": "ssm_cfg.bias",
+    "mixer_activation": "ssm_cfg.activation",
+    "chunk_size": "ssm_cfg.chunk_size",
+}
+
+
+def _check_not_mixed(given: Mapping[str, Any]) -> None:
+    """Raises ValueError if fields of ours have values of their own in a published file."""
+    mixed = sorted(
+        name
+        for name, default in _HOUSE_DEFAULTS.items()
+        if name not in _SHARED_FIELDS
+        and (type(given[name]) is not type(default) or given[name] != default)
+    )
+    if mixed:
+        raise ValueError(
+            f"{_OWNER}: {', '.join(mixed)} beside d_model or ssm_cfg; a file has either the "
+            "published field names or those that `thinkfast convert` writes. Remove one kind."
+        )
+
+
 def _read_published(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Renames the keys of a published config.json to the house's.
 
@@ -212,11 +286,13 @@ def _read_published(raw: Mapping[str, Any]) -> dict[str, Any]:
         keyword arguments of ``LlambaConfig``.
     """
     fields = dict(raw)
+    check_spelling(_OWNER, fields, _PUBLISHED_FIELDS | _PASSED_ON)
     for required in ("vocab_size", "d_model"):
         if fields.get(required) is None:
             raise ValueError(f"{_OWNER}: {required} is missing; the published class requires it.")
-    ssm_cfg = fields.pop("ssm_cfg", None) or {}
-    mlp_cfg = fields.pop("mlp_cfg", None) or {}
+    ssm_cfg, mlp_cfg = (fields.pop(name, None) for name in ("ssm_cfg", "mlp_cfg"))
+    ssm_cfg = {} if ssm_cfg is None else ssm_cfg
+    mlp_cfg = {} if mlp_cfg is None else mlp_cfg
     check_object(_OWNER, ssm_cfg=ssm_cfg, mlp_cfg=mlp_cfg)
     check_known_keys(f"{_OWNER}: ssm_cfg", ssm_cfg, _SSM_CFG_DEFAULTS)
     check_known_keys(f"{_OWNER}: mlp_cfg", mlp_cfg, _MLP_CFG_DEFAULTS)

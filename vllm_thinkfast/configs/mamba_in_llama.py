@@ -13,23 +13,32 @@ d_inner // d_state``); the published ``d_xb`` is ``mamba_n_groups * ssm_state_si
 
 import math
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any, Literal, get_args
 
 from transformers import PretrainedConfig
 
 from vllm_thinkfast.configs.fields import (
+    LARGEST_COUNT,
+    LARGEST_DEPTH,
+    accepted_by_transformers,
     check_choice,
     check_divides,
     check_flags,
     check_interval,
     check_known_keys,
+    check_no_members,
     check_object,
+    check_of_transformers,
     check_positive,
     check_positive_number,
     check_rope,
+    check_spelling,
+    in_published_words,
+    shown,
 )
 
-_OWNER = "MambaInLlama config"
+_OWNER = "MambaInLlama config.json"
 
 WeightLayout = Literal["thinkfast", "mambainllama_mamba1", "mambainllama_mamba2", "m1"]
 """How the tensors of a folder are named; "thinkfast" is what ``thinkfast convert`` writes."""
@@ -98,6 +107,7 @@ class MambaInLlamaConfig(PretrainedConfig):
 
     def __init__(
         self,
+        /,
         *,
         vocab_size: int = 128256,
         hidden_size: int = 3072,
@@ -183,8 +193,24 @@ class MambaInLlamaConfig(PretrainedConfig):
         Raises:
             ValueError: an impossible or unknown value; the message names it.
         """
-        num_key_value_heads = num_key_value_heads or num_attention_heads
-        head_dim = head_dim or hidden_size // max(num_attention_heads, 1)
+        check_no_members(_OWNER, MambaInLlamaConfig, kwargs)
+        check_spelling(_OWNER, kwargs, _HOUSE_FIELDS | _PASSED_ON)
+        check_of_transformers(_OWNER, **kwargs)
+        if kwargs.pop("partial_rotary_factor", None) not in (None, 1):
+            raise ValueError(
+                f"{_OWNER}: partial_rotary_factor is not supported: these models rotate whole "
+                "heads. Remove it."
+            )
+        for name in ("rope_theta", "rope_scaling"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{_OWNER}: {name}={shown(kwargs[name])} beside rope_parameters; put it there."
+                )
+        check_positive(_OWNER, hidden_size=hidden_size, num_attention_heads=num_attention_heads)
+        if num_key_value_heads is None:
+            num_key_value_heads = num_attention_heads
+        if head_dim is None:
+            head_dim = hidden_size // num_attention_heads
         if repeat_kv_before_conv is None:
             repeat_kv_before_conv = mamba_version == "mamba1"
         if mamba_rms_norm_eps is None:
@@ -193,7 +219,8 @@ class MambaInLlamaConfig(PretrainedConfig):
             time_step_rank = math.ceil(hidden_size / 16)
         if mamba_mlp_bias is None:
             mamba_mlp_bias = mlp_bias
-        rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
+        if rope_parameters is None:
+            rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         check_choice(_OWNER, "mamba_version", mamba_version, ("mamba1", "mamba2"))
         check_choice(_OWNER, "weight_layout", weight_layout, get_args(WeightLayout))
         check_choice(_OWNER, "hidden_act", hidden_act, ("silu", "swish"))
@@ -202,7 +229,6 @@ class MambaInLlamaConfig(PretrainedConfig):
             vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
-            num_hidden_layers=num_hidden_layers,
             num_attention_heads=num_attention_heads,
             num_key_value_heads=num_key_value_heads,
             head_dim=head_dim,
@@ -214,6 +240,7 @@ class MambaInLlamaConfig(PretrainedConfig):
             time_step_rank=time_step_rank,
             chunk_size=chunk_size,
         )
+        check_positive(_OWNER, largest=LARGEST_DEPTH, num_hidden_layers=num_hidden_layers)
         check_positive_number(
             _OWNER, rms_norm_eps=rms_norm_eps, mamba_rms_norm_eps=mamba_rms_norm_eps
         )
@@ -243,6 +270,8 @@ class MambaInLlamaConfig(PretrainedConfig):
             check_positive(_OWNER, sliding_window=sliding_window)
         if time_step_limit is not None:
             check_interval(_OWNER, time_step_limit=time_step_limit)
+        if head_dim % 2:
+            raise ValueError(f"{_OWNER}: head_dim={head_dim} must be even, for RoPE.")
         if conv_kernel < 2:
             raise ValueError(f"{_OWNER}: conv_kernel={conv_kernel} must be at least 2.")
         self.vocab_size = vocab_size
@@ -282,7 +311,8 @@ class MambaInLlamaConfig(PretrainedConfig):
         self.weight_layout = weight_layout
         if not kwargs.get("architectures"):
             kwargs["architectures"] = ["MambaInLlamaForCausalLM"]
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        with accepted_by_transformers(_OWNER):
+            super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     @property
     def mixer_size(self) -> int:
@@ -328,6 +358,13 @@ class MambaInLlamaConfig(PretrainedConfig):
             ValueError: the files contradict each other or hold an unknown option.
         """
         base = dict(config)
+        check_spelling("config.json", base, _BASE_FIELDS | _PASSED_ON)
+        mixed = sorted((_HOUSE_FIELDS - _BASE_FIELDS).intersection(base))
+        if mixed:
+            raise ValueError(
+                f"config.json: {', '.join(mixed)} beside mamba_config.json; fields of the mixers "
+                "belong there. If `thinkfast convert` wrote this file, remove mamba_config.json."
+            )
         is_mistral = base.pop("model_type", None) == "mistral"
         base.pop("architectures", None)
         if weight_layout == "m1":
@@ -343,36 +380,124 @@ class MambaInLlamaConfig(PretrainedConfig):
             ("hidden_act", "hidden_act"),
         ):
             stated = mamba_config.get(key)
-            if stated is not None and stated != base.get(base_key):
+            found = base.get(base_key)
+            if stated is not None and (type(stated) is not type(found) or stated != found):
                 raise ValueError(
-                    f"mamba_config.json: {key}={stated!r} contradicts config.json: "
-                    f"{base_key}={base.get(base_key)!r}; both must describe the same model."
+                    f"mamba_config.json: {key}={shown(stated)} contradicts config.json: "
+                    f"{base_key}={shown(found)}; both must describe the same model."
                 )
-        theta, scaling = base.pop("rope_theta", None), base.pop("rope_scaling", None)
-        rope = dict(base.pop("rope_parameters", None) or scaling or {})
-        if weight_layout == "m1":
-            rope = {"rope_theta": rope.get("rope_theta")}
-        rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
-        rope["rope_theta"] = theta or rope.get("rope_theta") or 10000.0
-        return cls(
-            **base,
-            **_read_mixer(base, mamba_config, weight_layout),
-            rope_parameters=rope,
-            mamba_mlp_bias=False,
-            mamba_rms_norm_eps=mamba_config.get("rms_norm_eps", 1e-5),
-            weight_layout=weight_layout,
+        rope = _read_rope(base, is_scaled=weight_layout != "m1")
+        mixer = _read_mixer(base, mamba_config, weight_layout)
+        try:
+            return cls(
+                **base,
+                **mixer,
+                rope_parameters=rope,
+                mamba_mlp_bias=False,
+                mamba_rms_norm_eps=_stated(mamba_config, "rms_norm_eps", 1e-5),
+                weight_layout=weight_layout,
+            )
+        except ValueError as error:
+            raise in_published_words(error, _PUBLISHED_NAMES) from error
+
+
+_HOUSE_FIELDS = frozenset(signature(MambaInLlamaConfig).parameters) - {"self", "kwargs"}
+_PASSED_ON = frozenset({"architectures", "model_type", "dtype", "torch_dtype"})
+"""Fields of transformers that matter here."""
+_BASE_FIELDS = frozenset(
+    {
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_act",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "sliding_window",
+        "attention_bias",
+        "mlp_bias",
+        "tie_word_embeddings",
+    }
+)
+"""Fields of a Llama's or Mistral's config.json that matter here."""
+
+
+_PUBLISHED_NAMES = {
+    ours: f"{theirs} of mamba_config.json"
+    for ours, theirs in {
+        "attention_layers": "attn_layers",
+        "mamba_rms_norm_eps": "rms_norm_eps",
+        "mamba_num_heads": "d_inner / d_state",
+        "mamba_n_groups": "d_xb / d_state",
+        "ssm_state_size": "ssm_cfg.d_state",
+        "conv_kernel": "ssm_cfg.d_conv",
+        "use_conv_bias": "ssm_cfg.conv_bias",
+        "repeat_kv_before_conv": "ssm_cfg.repeat_kv_before_conv",
+        "time_step_rank": "ssm_cfg.dt_rank",
+        "proj_x_bias": "ssm_cfg.proj_x_bias",
+        "proj_z_bias": "ssm_cfg.proj_z_bias",
+        "out_proj_bias": "ssm_cfg.out_proj_bias",
+        "use_bias": "ssm_cfg.bias",
+        "use_gated_norm": "ssm_cfg.rmsnorm",
+        "norm_before_gate": "ssm_cfg.norm_before_gate",
+        "d_has_head_dim": "ssm_cfg.D_has_hdim",
+        "time_step_limit": "ssm_cfg.dt_limit",
+        "chunk_size": "ssm_cfg.chunk_size",
+    }.items()
+}
+
+
+def _stated(given: Mapping[str, Any], name: str, default: Any) -> Any:
+    """A field of a published file; null means that it was left out."""
+    value = given.get(name)
+    return default if value is None else value
+
+
+def _read_rope(base: dict[str, Any], *, is_scaled: bool) -> dict[str, Any]:
+    """Takes the RoPE fields out of ``base``, old and new form; returns ``rope_parameters``."""
+    theta = base.pop("rope_theta", None)
+    forms = {name: base.pop(name, None) for name in ("rope_parameters", "rope_scaling")}
+    given = {name: value for name, value in forms.items() if value is not None}
+    check_object("config.json", **given)
+    if len(given) == 2 and given["rope_parameters"] != given["rope_scaling"]:
+        raise ValueError(
+            f"config.json: rope_parameters={shown(given['rope_parameters'])} contradicts "
+            f"rope_scaling={shown(given['rope_scaling'])}; remove one."
         )
+    rope: dict[str, Any] = {}
+    for value in given.values():
+        rope = {name: number for name, number in value.items() if number is not None}
+    types = [rope.pop(name) for name in ("rope_type", "type") if name in rope]
+    if len(types) == 2 and types[0] != types[1]:
+        raise ValueError(
+            f"config.json: rope_type={shown(types[0])} contradicts type={shown(types[1])}; "
+            "remove one."
+        )
+    thetas = [value for value in (theta, rope.pop("rope_theta", None)) if value is not None]
+    if len(thetas) == 2 and thetas[0] != thetas[1]:
+        raise ValueError(
+            f"config.json: rope_theta={shown(thetas[0])} contradicts the one beside rope_type, "
+            f"{shown(thetas[1])}; remove one."
+        )
+    scaling = {**rope, "rope_type": types[0] if types else "default"} if is_scaled else {}
+    return {"rope_type": "default", **scaling, "rope_theta": thetas[0] if thetas else 10000.0}
 
 
 def _checked_layers(layers: Sequence[int], num_hidden_layers: int) -> list[int]:
     if not isinstance(layers, (list, tuple)):
-        raise ValueError(f"{_OWNER}: attention_layers={layers!r} must be a list of indices.")
+        raise ValueError(f"{_OWNER}: attention_layers={shown(layers)} must be a list of indices.")
     indices = list(layers)
-    wrong = [i for i in indices if not isinstance(i, int) or not 0 <= i < num_hidden_layers]
+    wrong = [i for i in indices if type(i) is not int or not 0 <= i < num_hidden_layers]
     if wrong or len(set(indices)) != len(indices):
         raise ValueError(
-            f"{_OWNER}: attention_layers={indices!r} must be distinct indices from 0 to "
-            f"{num_hidden_layers - 1}; offending: {wrong or 'duplicates'}."
+            f"{_OWNER}: attention_layers={shown(indices)} must be distinct indices from 0 to "
+            f"{num_hidden_layers - 1}; offending: {shown(wrong) if wrong else 'duplicates'}."
         )
     return sorted(indices)
 
@@ -382,7 +507,7 @@ def _read_mixer(
 ) -> dict[str, Any]:
     """Reads the mixers' options: ``mamba_config.json`` -> keyword arguments of the config class."""
     is_mamba2 = weight_layout == "mambainllama_mamba2"
-    ssm_cfg = mamba_config.get("ssm_cfg") or {}
+    ssm_cfg = _stated(mamba_config, "ssm_cfg", {})
     check_object("mamba_config.json", ssm_cfg=ssm_cfg)
     ssm_cfg = dict(ssm_cfg)
     owner = "mamba_config.json: ssm_cfg"
@@ -390,6 +515,9 @@ def _read_mixer(
     check_known_keys(owner, ssm_cfg, (*known, *_IGNORED_SSM_KEYS))
     hidden_size = base["hidden_size"]
     expand = ssm_cfg.get("expand", 2)
+    check_positive_number(owner, expand=expand)
+    if expand > LARGEST_COUNT:
+        raise ValueError(f"{owner}: expand={shown(expand)} is above {LARGEST_COUNT}.")
     d_inner = mamba_config.get("d_inner")
     d_inner = int(expand * hidden_size) if d_inner is None else d_inner
     d_xb = mamba_config.get("d_xb", 2560)
@@ -398,9 +526,15 @@ def _read_mixer(
     check_divides(
         "mamba_config.json", d_inner=(d_inner, "d_state", d_state), d_xb=(d_xb, "d_state", d_state)
     )
-    layers = mamba_config.get("attn_layers", mamba_config.get("attention_layers"))
+    names = ("attn_layers", "attention_layers")
+    layers = [mamba_config[name] for name in names if mamba_config.get(name) is not None]
+    if len(layers) == 2 and layers[0] != layers[1]:
+        raise ValueError(
+            f"mamba_config.json: attn_layers={shown(layers[0])} contradicts "
+            f"attention_layers={shown(layers[1])}; remove one."
+        )
     fields: dict[str, Any] = {
-        "attention_layers": layers or [],
+        "attention_layers": layers[0] if layers else [],
         "mamba_num_heads": d_inner // d_state,
         "mamba_n_groups": d_xb // d_state,
         "ssm_state_size": d_state,
@@ -419,12 +553,13 @@ def _read_mixer(
             "out_proj_bias": ssm_cfg.get("out_proj_bias", False),
         }
     ngroups = ssm_cfg.get("ngroups", 1)
+    check_positive(owner, ngroups=ngroups)
     if ngroups * d_state != d_inner:
         raise ValueError(
             f"{owner}: ngroups={ngroups} times d_state={d_state} must equal d_inner={d_inner}."
         )
     if ssm_cfg.get("d_ssm") not in (None, d_inner):
-        raise ValueError(f"{owner}: d_ssm={ssm_cfg['d_ssm']} must equal d_inner={d_inner}.")
+        raise ValueError(f"{owner}: d_ssm={shown(ssm_cfg['d_ssm'])} must equal d_inner={d_inner}.")
     limit = ssm_cfg.get("dt_limit")
     return {
         **fields,

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import transformers
 
 from vllm_thinkfast.configs import MambaInLlamaConfig
 
@@ -163,3 +164,20 @@ def test_mlp_bias(layout: Any, attention: bool) -> None:
     """The published mamba blocks have no MLP biases, whatever the base model has."""
     merged = MambaInLlamaConfig.from_published(base(mlp_bias=True), mamba(d_inner=3072), layout)
     assert (merged.mlp_bias, merged.mamba_mlp_bias) == (attention, False)
+
+
+@pytest.mark.parametrize("config_class", [transformers.LlamaConfig, transformers.MistralConfig])
+def test_fields_of_transformers_are_no_misspellings(
+    config_class: type[transformers.PretrainedConfig],
+) -> None:
+    """Old releases wrote every generation setting into config.json, other models have more."""
+    generation = transformers.GenerationConfig().to_dict()
+    others = transformers.Qwen2Config().to_dict()
+    fields = {**generation, **others, **config_class().to_dict()}
+    known = base(model_type=config_class.model_type, sliding_window=None)
+    foreign = {name: value for name, value in fields.items() if name not in known}
+    # Refused for their values: beside rope_theta and rope_scaling, and of another number of layers.
+    del foreign["rope_parameters"], foreign["layer_types"]
+    assert len(foreign) > 40
+    config = MambaInLlamaConfig.from_published({**foreign, **known}, mamba(), "mambainllama_mamba1")
+    assert config.hidden_size == 3072
