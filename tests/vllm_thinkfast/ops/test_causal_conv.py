@@ -69,6 +69,16 @@ def test_prefill_lengths(op, length, has_initial):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("length", range(1, 9))
+@pytest.mark.parametrize("kernel", range(2, 8))
+def test_prefill_shorter_than_the_window(op, kernel, length):
+    cache = torch.randn(3, kernel - 1, C)
+    check_prefill(
+        op, inputs(length), parameters(C, kernel), cache, torch.tensor([1]), torch.tensor([True]),
+        offsets([length]),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("channels", [1, 10, 300])
 @pytest.mark.parametrize("kernel", [2, 3, 4, 5])
 def test_prefill_shapes(op, channels, kernel):

@@ -14,7 +14,7 @@ from vllm_thinkfast.compat import vllm_distribution
 from vllm_thinkfast.ops import vllm_kernels
 from vllm_thinkfast.ops.backend import OPERATORS, load_operator
 
-NAMES = (vllm_kernels.STATE_UPDATE, vllm_kernels.CONV_UPDATE)
+NAMES = (vllm_kernels.STATE_UPDATE, vllm_kernels.CONV_UPDATE, vllm_kernels.SCAN)
 
 
 @pytest.fixture
@@ -31,6 +31,7 @@ def fresh_choice():
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_decode_implementation_of_vllm_cpu(kernels_of_vllm, operator):
     assert vllm_kernels.decode_implementation(operator) == "vllm"
+    assert vllm_kernels.find(vllm_kernels.SCAN) is not None
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -40,7 +41,7 @@ def test_find_without_kernel(monkeypatch, caplog, fresh_choice, name):
         assert vllm_kernels.find(name) is None
         assert vllm_kernels.find(name) is None
     assert [r.message for r in caplog.records] == [
-        f"Decode on CPU: this vLLM has no kernel {name}, using torch."
+        f"On CPU: this vLLM has no kernel {name}, using torch."
     ]
     assert {vllm_kernels.decode_implementation(operator) for operator in OPERATORS} == {"torch"}
 

@@ -37,7 +37,7 @@ def prefill(
             lag = K - 1 - k
             missing = max(lag - rows.start, 0)
             block[missing:].addcmul_(
-                inputs[rows.start + missing - lag - first : len(inputs) - lag], taps[k]
+                inputs[rows.start + missing - lag - first : max(len(inputs) - lag, 0)], taps[k]
             )
         _finish(block, biases, activation)
     _convolve_heads(

@@ -1,10 +1,14 @@
-"""Discrete SSD on CPU: chunked matrix form for prefill, vLLM's kernel or torch for decode.
+"""Discrete SSD on CPU: vLLM's kernels where the build has them, torch otherwise.
 
-Same functions and arguments as ``reference.py``. The chunked form is section 6 of the Mamba-2 paper
-(arXiv 2405.21060): inside a chunk the recurrence is a masked matrix product, between chunks only
-the state travels. Decays enter as differences of cumulated logarithms, which are <= 0, so nothing
-overflows; the cumulation itself is in float64 because logits of +-100 would otherwise cost the
-small decays their digits.
+Same functions and arguments as ``reference.py``. vLLM's kernel for whole sequences goes token by
+token with the state in the caches. Ours in torch is the chunked form of section 6 of the Mamba-2
+paper (arXiv 2405.21060): inside a chunk the recurrence is a masked matrix product, between chunks
+only the state travels. Decays enter as differences of cumulated logarithms, which are <= 0, so
+nothing overflows; the cumulation itself is in float64 because logits of +-100 would otherwise cost
+the small decays their digits.
+
+Measured on 2 cores, 4096 tokens, the kernel takes this share of the time of the chunked form: 0.4
+to 0.6 (H 8, P and N 64), 0.7 to 0.9 (H 24, P and N 128), and 0.2 to 0.3 with 64 sequences of 64.
 """
 
 import torch
@@ -35,16 +39,38 @@ def prefill(
     cu_seqlens: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``reference.prefill``."""
-    H, G = x.shape[1], B.shape[1]
-    state = initial_state.float().clone()
+    H = x.shape[1]
+    xf, Bf, Cf = x.float(), B.float(), C.float()
+    state = initial_state.float().clone(memory_format=torch.contiguous_format)
+    kernel = vllm_kernels.find(vllm_kernels.SCAN)
+    if kernel is None:
+        y = _prefill_torch(state, xf, log_decay, Bf, Cf, cu_seqlens)
+    else:
+        dt = _step_sizes(log_decay)
+        y = vllm_kernels.scan(kernel, state, xf / dt[..., None], dt, -1.0, Bf, Cf, cu_seqlens)
+    if D is not None:
+        y.addcmul_(D.float().reshape(H, -1), xf)
+    return y.to(x.dtype), state
+
+
+def _prefill_torch(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    log_decay: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+) -> torch.Tensor:
+    """Whole sequences without D, all inputs float32; y [T, H, P], and ``state`` at their ends."""
+    H = x.shape[1]
     y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     for rows, tokens, is_real in padded_blocks(cu_seqlens, CHUNK):
         # Padding tokens add nothing and decay nothing: x = 0, log_decay = 0.
-        xb = (x[tokens].float() * is_real[..., None, None]).transpose(1, 2)  # [A, H, Q, P]
+        xb = (x[tokens] * is_real[..., None, None]).transpose(1, 2)  # [A, H, Q, P]
         steps = log_decay[tokens].double().clamp_min(_NO_STATE_LEFT)
         g = (steps * is_real[..., None]).cumsum(1).transpose(1, 2)  # [A, H, Q]
-        Bb = B[tokens].float().transpose(1, 2)  # [A, G, Q, N]
-        Cb = C[tokens].float().transpose(1, 2)
+        Bb = B[tokens].transpose(1, 2)  # [A, G, Q, N]
+        Cb = C[tokens].transpose(1, 2)
         since_start = g.float().exp()[..., None]  # [A, H, Q, 1]
         to_end = (g[..., -1:] - g).float().exp()[..., None]
         pair = (g[..., :, None] - g[..., None, :]).float()  # [A, H, Q, Q]
@@ -57,10 +83,7 @@ def prefill(
         yb = weights @ xb + since_start * (Ch @ h.transpose(-1, -2))
         state[rows] = since_start[..., -1:, :] * h + (xb * to_end).transpose(-1, -2) @ Bh
         y[tokens[is_real]] = yb.transpose(1, 2)[is_real]
-        assert H % G == 0
-    if D is not None:
-        y += D.float().reshape(H, -1) * x.float()
-    return y.to(x.dtype), state
+    return y
 
 
 def decode(
@@ -79,14 +102,18 @@ def decode(
     if kernel is None:
         y = _decode_torch(state, state_indices, xf, log_decay.float(), Bf, Cf)
     else:
-        # The kernel multiplies x by the step size that the decay comes from.
-        dt = log_decay.float().neg().clamp_(_SMALLEST_STEP, -_NO_STATE_LEFT)
+        dt = _step_sizes(log_decay)
         y = vllm_kernels.update_state(
             kernel, state, state_indices, xf / dt[..., None], dt, -1.0, Bf, Cf
         )
     if D is not None:
         y.addcmul_(D.float().reshape(H, -1), xf)
     return y.to(x.dtype)
+
+
+def _step_sizes(log_decay: torch.Tensor) -> torch.Tensor:
+    """What vLLM's kernels want with A = -1; they multiply x by it, so that x is divided first."""
+    return log_decay.float().neg().clamp_(_SMALLEST_STEP, -_NO_STATE_LEFT)
 
 
 def _decode_torch(
