@@ -544,6 +544,17 @@ def _restore_cpu_generators() -> None:
     CPUModelRunner._bookkeeping_sync = _bookkeeping_sync
 
 
+def cache_bytes(kv_cache_config: Any) -> int:
+    """Bytes of an engine's whole cache.
+
+    Since vLLM 0.32 the entries are places in one allocation that all groups of layers share, each
+    with the size of the whole; before they were allocations.
+    """
+    tensors = kv_cache_config.kv_cache_tensors
+    sizes = [int(tensor.size) for tensor in tensors]
+    return max(sizes) if hasattr(tensors[0], "layer_stride") else sum(sizes)
+
+
 def add_splitting_op(compilation_config: Any, op: str) -> None:
     """Makes piecewise compilation split the graph at ``op``.
 

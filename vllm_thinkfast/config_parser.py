@@ -21,14 +21,13 @@ from transformers import PretrainedConfig
 from vllm.transformers_utils.config import HFConfigParser
 from vllm.transformers_utils.repo_utils import file_or_path_exists, get_hf_file_to_dict
 
-from vllm_thinkfast.checkpoints.config_reader import MAMBA_CONFIG, merge_published
-from vllm_thinkfast.checkpoints.folder import read_json, tensor_names
+from vllm_thinkfast.checkpoints.config_reader import BASE_TYPES, MAMBA_CONFIG, merge_published
+from vllm_thinkfast.checkpoints.folder import read_json, tensor_names, weight_map
 from vllm_thinkfast.checkpoints.key_map import CheckpointError
 from vllm_thinkfast.configs import LlambaConfig, MambaInLlamaConfig
 
 logger = logging.getLogger(__name__)
 
-_BASE_TYPES = ("llama", "mistral")
 """model_type of config.json in published MambaInLlama and M1 repositories: the base model's."""
 _BIN_FILES = ("pytorch_model.bin.index.json", "pytorch_model.bin")
 # Older hub libraries raise requests' errors, which are OSErrors; so is offline mode's.
@@ -93,7 +92,7 @@ def _has_mamba_config(model: str | Path, revision: str | None) -> bool:
         if cached is not None:  # a path, or the mark of a file known to be absent
             return isinstance(cached, str)
         base = get_hf_file_to_dict("config.json", repository, revision)
-        if base is None or base.get("model_type") not in _BASE_TYPES:
+        if base is None or base.get("model_type") not in BASE_TYPES:
             return False
         return bool(file_exists(repository, MAMBA_CONFIG, revision=revision))
     except ValueError:  # no name of a repository: a URL or another loader's business
@@ -149,6 +148,6 @@ def _names_on_hub(repository: str, revision: str | None) -> list[str]:
             continue
         path = Path(hf_hub_download(repository, name, revision=revision))
         if path.suffix == ".json":
-            return sorted(read_json(path).get("weight_map", {}))
+            return sorted(weight_map(path))
         return tensor_names(path.parent)
     return []

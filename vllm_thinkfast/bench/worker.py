@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vllm_thinkfast import compat
 from vllm_thinkfast.bench.serve import OnProgress, peak_memory_bytes, reset_peak_memory, serve
 
 _WARM_UP_PROMPT_TOKENS = 8
@@ -48,18 +49,9 @@ class Engine:
         return self.scheduler.kv_cache_config
 
     @property
-    def cache_bytes(self) -> int:
-        """Bytes of the whole cache."""
-        tensors = self._cache.kv_cache_tensors
-        if hasattr(tensors[0], "layer_stride"):
-            # Places in one allocation that all groups of layers share: they overlap.
-            return max(int(tensor.size) for tensor in tensors)
-        return sum(int(tensor.size) for tensor in tensors)  # allocations; vLLM before 0.32
-
-    @property
     def block_bytes(self) -> float:
         """Bytes of one cache block, all layers that share it."""
-        return self.cache_bytes / float(self._cache.num_blocks)
+        return compat.cache_bytes(self._cache) / float(self._cache.num_blocks)
 
     def describe(self, lengths: Sequence[int]) -> dict[str, Any]:
         """What the parent needs to know of the engine.
@@ -75,7 +67,7 @@ class Engine:
             "num_parameters": count,
             "architecture": self.config.model_config.architecture,
             "max_concurrency": {str(n): self.max_concurrency(n) for n in lengths},
-            "cache_bytes": self.cache_bytes,
+            "cache_bytes": compat.cache_bytes(self._cache),
             "num_blocks": self._cache.num_blocks,
             "prefix_caching": bool(self.config.cache_config.enable_prefix_caching),
             "step_cost": self._step_cost(count, embedding) if count and is_plain else None,

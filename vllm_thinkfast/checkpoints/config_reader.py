@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 MAMBA_CONFIG = "mamba_config.json"
 Config = LlambaConfig | MambaInLlamaConfig
 
-_CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
+BASE_TYPES: dict[str, dict[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
     "mistral": {
         "rms_norm_eps": 1e-6,
@@ -76,10 +76,10 @@ def merge_published(
         source: the folder or repository, for messages.
     """
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in _CLASS_DEFAULTS:
+    if not isinstance(model_type, str) or model_type not in BASE_TYPES:
         raise CheckpointError(
             f"{source}: config.json: model_type={shown(model_type)} beside {MAMBA_CONFIG}; "
-            f"accepted: {', '.join(map(repr, _CLASS_DEFAULTS))}, the base model's."
+            f"accepted: {', '.join(map(repr, BASE_TYPES))}, the base model's."
         )
     for required in (
         "hidden_size",
@@ -94,9 +94,12 @@ def merge_published(
                 "integer."
             )
     # Base configurations state only what differs from their class's default.
-    defaults = _CLASS_DEFAULTS[model_type]
+    defaults = BASE_TYPES[model_type]
     # null means the default: old versions of transformers wrote it for fields they did not know.
-    stated = {key: value for key, value in config.items() if value is not None}
+    # Only a window's null has a meaning of its own: there is none.
+    stated = {
+        key: value for key, value in config.items() if value is not None or key == "sliding_window"
+    }
     merged = {**defaults, **stated}
     return MambaInLlamaConfig.from_published(
         merged, mamba_config, _layout(mamba_config, names, source)

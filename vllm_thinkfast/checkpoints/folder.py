@@ -81,7 +81,7 @@ def weight_files(folder: Path) -> list[Path]:
         (_BIN_INDEX, "pytorch_model*.bin"),
     ):
         if (folder / index).is_file():
-            files = [folder / name for name in sorted(set(_weight_map(folder / index).values()))]
+            files = [folder / name for name in sorted(set(weight_map(folder / index).values()))]
             absent = [file.name for file in files if not file.is_file()]
             if absent or not files:
                 raise CheckpointError(
@@ -95,7 +95,7 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path) -> dict[str, str]:
     """Tensor -> file of an index; only files beside the index, of the index's kind."""
     found = read_json(index).get("weight_map")
     suffix = ".safetensors" if index.name == _SAFETENSORS_INDEX else ".bin"
@@ -115,7 +115,7 @@ def tensor_names(folder: Path) -> list[str]:
     """Names of all tensors in the folder, from headers alone where the container has one."""
     for index in (_SAFETENSORS_INDEX, _BIN_INDEX):
         if (folder / index).is_file() and weight_files(folder):
-            return sorted(_weight_map(folder / index))
+            return sorted(weight_map(folder / index))
         if weight_files(folder)[:1] and weight_files(folder)[0].suffix == ".safetensors":
             break
     names: list[str] = []

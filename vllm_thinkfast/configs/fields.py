@@ -14,6 +14,9 @@ LARGEST_DEPTH = 10_000
 LARGEST_LABELS = 100_000
 """Classes of a classifier; transformers makes a name for each."""
 
+PASSED_ON = frozenset({"architectures", "model_type", "dtype", "torch_dtype"})
+"""Fields of transformers that matter here."""
+
 _LONGEST_SHOWN = 200
 _NO_FIELDS = ("self", "attribute_map", "sub_configs")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -106,7 +109,7 @@ def check_of_transformers(owner: str, **fields: Any) -> None:
     if fields.get("num_labels") is not None:
         check_positive(owner, largest=LARGEST_LABELS, num_labels=fields["num_labels"])
     quantisation = fields.get("quantization_config")
-    if quantisation is not None:
+    if quantisation is not None and not hasattr(quantisation, "to_dict"):  # made in a program
         check_object(owner, quantization_config=quantisation)
     architectures = fields.get("architectures")
     is_list = isinstance(architectures, (list, tuple))

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from vllm_thinkfast.configs.fields import (
     LARGEST_DEPTH,
+    PASSED_ON,
     accepted_by_transformers,
     check_choice,
     check_divides,
@@ -128,7 +129,7 @@ class LlambaConfig(PretrainedConfig):
                 raise in_published_words(error, _PUBLISHED_NAMES) from error
             return
         check_no_members(_OWNER, LlambaConfig, kwargs)
-        check_spelling(_OWNER, kwargs, _HOUSE_FIELDS | _PASSED_ON)
+        check_spelling(_OWNER, kwargs, _HOUSE_FIELDS | PASSED_ON)
         check_of_transformers(_OWNER, **kwargs)
         vocab_size = 128256 if vocab_size is None else vocab_size
         check_positive(
@@ -225,10 +226,11 @@ _HOUSE_DEFAULTS = {
     if name not in ("self", "kwargs")
 }
 _HOUSE_FIELDS = frozenset(_HOUSE_DEFAULTS)
-_PASSED_ON = frozenset({"architectures", "model_type", "dtype", "torch_dtype"})
-"""Fields of transformers that matter here."""
 _SHARED_FIELDS = frozenset({"vocab_size", "lm_head_bias", "max_position_embeddings"})
 """Fields with the same name in published files and in ours."""
+_IGNORED_FIELDS = frozenset({"tie_word_embeddings"})
+"""Fields of ours that mean nothing in published files: the published class decides by
+``tie_embeddings``, and transformers 4 adds ``tie_word_embeddings: true`` to whatever it saves."""
 _PUBLISHED_FIELDS = _SHARED_FIELDS | {
     "d_model",
     "n_layer",
@@ -266,7 +268,7 @@ def _check_not_mixed(given: Mapping[str, Any]) -> None:
     mixed = sorted(
         name
         for name, default in _HOUSE_DEFAULTS.items()
-        if name not in _SHARED_FIELDS
+        if name not in _SHARED_FIELDS | _IGNORED_FIELDS
         and (type(given[name]) is not type(default) or given[name] != default)
     )
     if mixed:
@@ -286,7 +288,7 @@ def _read_published(raw: Mapping[str, Any]) -> dict[str, Any]:
         keyword arguments of ``LlambaConfig``.
     """
     fields = dict(raw)
-    check_spelling(_OWNER, fields, _PUBLISHED_FIELDS | _PASSED_ON)
+    check_spelling(_OWNER, fields, _PUBLISHED_FIELDS | PASSED_ON)
     for required in ("vocab_size", "d_model"):
         if fields.get(required) is None:
             raise ValueError(f"{_OWNER}: {required} is missing; the published class requires it.")

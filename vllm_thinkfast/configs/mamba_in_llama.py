@@ -21,6 +21,7 @@ from transformers import PretrainedConfig
 from vllm_thinkfast.configs.fields import (
     LARGEST_COUNT,
     LARGEST_DEPTH,
+    PASSED_ON,
     accepted_by_transformers,
     check_choice,
     check_divides,
@@ -194,7 +195,7 @@ class MambaInLlamaConfig(PretrainedConfig):
             ValueError: an impossible or unknown value; the message names it.
         """
         check_no_members(_OWNER, MambaInLlamaConfig, kwargs)
-        check_spelling(_OWNER, kwargs, _HOUSE_FIELDS | _PASSED_ON)
+        check_spelling(_OWNER, kwargs, _HOUSE_FIELDS | PASSED_ON)
         check_of_transformers(_OWNER, **kwargs)
         if kwargs.pop("partial_rotary_factor", None) not in (None, 1):
             raise ValueError(
@@ -221,6 +222,14 @@ class MambaInLlamaConfig(PretrainedConfig):
             mamba_mlp_bias = mlp_bias
         if rope_parameters is None:
             rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        check_object(_OWNER, rope_parameters=rope_parameters)
+        # Earlier releases of `thinkfast convert` copied what the base model had, nulls too, and
+        # transformers 5 keeps the share of a head that is rotated here: all of it.
+        rope_parameters = {
+            name: value
+            for name, value in rope_parameters.items()
+            if value is not None and (name, value) != ("partial_rotary_factor", 1)
+        }
         check_choice(_OWNER, "mamba_version", mamba_version, ("mamba1", "mamba2"))
         check_choice(_OWNER, "weight_layout", weight_layout, get_args(WeightLayout))
         check_choice(_OWNER, "hidden_act", hidden_act, ("silu", "swish"))
@@ -358,7 +367,7 @@ class MambaInLlamaConfig(PretrainedConfig):
             ValueError: the files contradict each other or hold an unknown option.
         """
         base = dict(config)
-        check_spelling("config.json", base, _BASE_FIELDS | _PASSED_ON)
+        check_spelling("config.json", base, _BASE_FIELDS | PASSED_ON)
         mixed = sorted((_HOUSE_FIELDS - _BASE_FIELDS).intersection(base))
         if mixed:
             raise ValueError(
@@ -402,8 +411,6 @@ class MambaInLlamaConfig(PretrainedConfig):
 
 
 _HOUSE_FIELDS = frozenset(signature(MambaInLlamaConfig).parameters) - {"self", "kwargs"}
-_PASSED_ON = frozenset({"architectures", "model_type", "dtype", "torch_dtype"})
-"""Fields of transformers that matter here."""
 _BASE_FIELDS = frozenset(
     {
         "vocab_size",

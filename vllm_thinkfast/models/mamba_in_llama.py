@@ -39,6 +39,11 @@ def check_stages(config: MambaInLlamaConfig, num_stages: int) -> None:
         return
     for stage in range(num_stages):
         start, end = get_pp_indices(len(kinds), stage, num_stages)
+        if start == end:
+            raise ValueError(
+                f"pipeline_parallel_size={num_stages}: stage {stage} would have no layer of the "
+                f"{len(kinds)}; use fewer stages."
+            )
         absent = sorted({"attention", "mamba"} - set(kinds[start:end]))
         if absent:
             raise ValueError(

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
 from vllm_thinkfast.configs import LlambaConfig
 
@@ -96,3 +96,11 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LlambaConfig.from_dict(config)
+
+
+def test_saved_by_transformers_4() -> None:
+    """``save_pretrained`` of the published class adds every field of transformers' base class."""
+    added = {**GenerationConfig().to_dict(), "torch_dtype": "bfloat16", "_name_or_path": "x"}
+    for tie in (True, False):
+        fields = published(tie_embeddings=tie, tie_word_embeddings=True, **added)
+        assert LlambaConfig(**fields).tie_word_embeddings == tie

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import transformers
 
+from vllm_thinkfast.checkpoints.config_reader import merge_published
 from vllm_thinkfast.configs import MambaInLlamaConfig
 
 LLAMA3_SCALING = {
@@ -181,3 +182,29 @@ def test_fields_of_transformers_are_no_misspellings(
     assert len(foreign) > 40
     config = MambaInLlamaConfig.from_published({**foreign, **known}, mamba(), "mambainllama_mamba1")
     assert config.hidden_size == 3072
+
+
+@pytest.mark.parametrize(
+    ("stated", "window"), [({}, 4096), ({"sliding_window": None}, None), ({"sliding_window": 9}, 9)]
+)
+def test_window_of_mistral(stated: dict[str, Any], window: int | None) -> None:
+    """Absent is Mistral's default; null is none, as Mistral 0.2 and later say."""
+    config = {**base(model_type="mistral"), **stated}
+    assert merge_published(config, mamba(), [], "x").sliding_window == window
+
+
+def test_rope_of_an_older_conversion() -> None:
+    """Nulls were copied, and transformers 5 keeps the rotated share of a head there."""
+    rope = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "rope_theta": 1e6,
+        "original_max_position_embeddings": 4096,
+        "attention_factor": None,
+        "partial_rotary_factor": 1.0,
+    }
+    config = MambaInLlamaConfig.from_published(base(), mamba(), "mambainllama_mamba1").to_dict()
+    read = MambaInLlamaConfig(**{**config, "rope_parameters": rope})
+    assert set(rope) - set(read.rope_parameters) == {"attention_factor", "partial_rotary_factor"}
+    with pytest.raises(ValueError, match="partial_rotary_factor"):
+        MambaInLlamaConfig(**{**config, "rope_parameters": {**rope, "partial_rotary_factor": 0.5}})

@@ -40,6 +40,7 @@ def test_accepted(num_layers: int, attention_layers: list[int], num_stages: int)
         (4, [0, 1], 2, "stage 0 would have the layers 0 to 1 and no mamba layer"),
         (4, [3], 2, "stage 0 would have the layers 0 to 1 and no attention layer"),
         (28, [3, 8, 13, 18, 23, 27], 14, "no attention layer"),
+        (3, [0, 2], 5, "would have no layer of the 3; use fewer stages"),
     ],
 )
 def test_refused(

@@ -305,7 +305,7 @@ def _published_hybrid_fields(folder: Path, config: Json) -> tuple[Json, str]:
         ),
         null=True,
     )
-    window = 4096 if config.get("sliding_window") is None else config["sliding_window"]
+    window = config.get("sliding_window", 4096)  # null: none
     fields["sliding_window"] = window if is_mistral and layout != "m1" else None
     theta = 10000.0 if config.get("rope_theta") is None else config["rope_theta"]
     rope: Json = {"rope_type": "default"}
