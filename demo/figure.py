@@ -64,8 +64,8 @@ def _draw_coverage(axes: Any, results: dict[str, Any]) -> None:
     axes.set_ylabel("coverage pass@k [%]")
     axes.set_ylim(bottom=0)
     top = axes.get_ylim()[1]
-    axes.set_ylim(0, min(100.0, top * 1.3))  # room for the legend
-    axes.legend(frameon=False, loc="upper left", fontsize=8)
+    axes.set_ylim(0, min(100.0, top))
+    axes.legend(frameon=False, loc="lower right", fontsize=8)
     axes.grid(axis="y", alpha=0.25, linewidth=0.6)
     problems = len(results["models"][0]["per_problem"])
     axes.set_title(
