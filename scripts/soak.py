@@ -271,8 +271,12 @@ def summary(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def soak(options: argparse.Namespace) -> bool:
+def soak(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     """Does everything; whether all is well.
+
+    Args:
+        options: of the command line.
+        arguments: the command line itself, for the results.
 
     Raises:
         InputError: a wrong argument.
@@ -325,7 +329,7 @@ def soak(options: argparse.Namespace) -> bool:
         "log": errors[:MAX_KEPT],
         "log_at_end": errors_at_end[:MAX_KEPT],
         "config": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(["python", "-m", "scripts.soak", *arguments]),
         "serve_command": shlex.join(server.command),
         "versions": versions(),
         "hardware": hardware(),
@@ -434,12 +438,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--serve-args", default="", metavar="TEXT", help="more arguments for vllm serve"
     )
-    options = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(given)
 
     previous = {number: signal.getsignal(number) for number in SIGNALS}
     _interrupt_on_signals()
     try:
-        return 0 if soak(options) else 1
+        return 0 if soak(options, given) else 1
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from scripts import broken_guarantees
-from scripts.broken_guarantees import GUARANTEES, ROOT, Guarantee, Run
+from scripts.broken_guarantees import GUARANTEES, ROOT, Guarantee, OutdatedError, Run
 
+PASSED = Run(0, num_passed=3)
 ALL = pytest.mark.parametrize("guarantee", GUARANTEES, ids=lambda guarantee: guarantee.name)
 
 
@@ -57,18 +58,42 @@ def test_text_that_is_gone(tmp_path: Path) -> None:
     guarantee = GUARANTEES[0]
     (tmp_path / guarantee.file).parent.mkdir(parents=True)
     (tmp_path / guarantee.file).write_text("nothing\n")
-    with pytest.raises(ValueError, match="0 times, not once"):
+    with pytest.raises(OutdatedError, match="0 times, not once"):
         broken_guarantees.break_it(guarantee, tmp_path)
+
+
+def test_outdated_list(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, and no verdict."""
+    monkeypatch.setattr(broken_guarantees, "copy_checkout", copy_nothing)
+    monkeypatch.setattr(broken_guarantees, "run_test", lambda test, folder: PASSED)
+    assert broken_guarantees.main(["seeds"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("broken_guarantees: seeds: lm_eval_tasks/samples.py has 0 times")
+    assert len(error.splitlines()) == 1
+
+
+def copy_nothing(folder: Path) -> None:
+    """A checkout in which every file that is broken is empty."""
+    for guarantee in GUARANTEES:
+        (folder / guarantee.file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / guarantee.file).touch()
 
 
 @pytest.mark.parametrize(
     ("before", "after", "code"),
     [
-        (Run(0, 0, 3, 0), Run(1, 1, 2, 0), 0),
-        (Run(0, 0, 3, 0), Run(0, 0, 3, 0), 1),  # not noticed
-        (Run(1, 1, 2, 0), Run(1, 1, 2, 0), 1),  # fails anyway
-        (Run(0, 0, 3, 0), Run(2, 0, 0, 1), 1),  # cannot be imported any more
-        (Run(5, 0, 0, 0), Run(5, 0, 0, 0), 1),  # no such test
+        (PASSED, Run(1, 2, failures=("assert 1 == 2",)), 0),
+        (PASSED, Run(1, 2, failures=("AssertionError: why\nassert 1 == 2",)), 0),
+        (PASSED, PASSED, 1),  # not noticed
+        (PASSED, Run(1, 2, failures=("NameError: name 'x' is not defined",)), 1),
+        (PASSED, Run(1, 2, failures=("RuntimeError: no engine; assert nothing",)), 1),
+        (PASSED, Run(1, 1, failures=("assert 1 == 2", "NameError: x")), 1),
+        (PASSED, Run(1, 1, 1, ("assert 1 == 2",)), 1),  # another one could not be set up
+        (PASSED, Run(None), 1),  # not done in time
+        (Run(None), Run(1, 2, failures=("assert 1 == 2",)), 1),
+        (*[Run(1, 2, failures=("assert 1 == 2",))] * 2, 1),  # fails anyway
+        (PASSED, Run(2, num_errors=1), 1),  # cannot be imported any more
+        (Run(5), Run(5), 1),  # no such test
     ],
 )
 def test_exit_code(
@@ -79,9 +104,68 @@ def test_exit_code(
     assert broken_guarantees.main(["seeds"]) == code
 
 
-def test_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """pytest's last line, whatever it holds."""
-    line = "1 failed, 12 passed, 3 warnings, 2 errors in 4.00s"
-    finished = subprocess.CompletedProcess([], 1, f"...\n{line}\n", "")
-    monkeypatch.setattr(subprocess, "run", lambda *args, **options: finished)
-    assert broken_guarantees.run_test("x", tmp_path) == Run(1, 1, 12, 2)
+_TESTS = """
+import pytest
+
+def test_fine(): pass
+
+def test_with_text(): assert 1 == 2, "why"
+
+def test_without_text(): assert 1 == 2
+
+def test_of_an_error():
+    with pytest.raises(ValueError, match="x"):
+        pass
+
+def test_of_its_text():
+    with pytest.raises(ValueError, match="x"):
+        raise ValueError("y")
+
+def test_with_another_error(): raise RuntimeError("assert")
+
+def test_skipped(): pytest.skip("no GPU")
+
+@pytest.fixture
+def broken(): raise OSError
+
+def test_not_set_up(broken): pass
+"""
+
+
+def test_what_pytest_says(tmp_path: Path) -> None:
+    """pytest's own words, which the guarantees are compared with."""
+    (tmp_path / "test_it.py").write_text(_TESTS)
+    found = broken_guarantees.run_test("test_it.py", tmp_path)
+    assert (found.exit_code, found.num_passed, found.num_errors) == (1, 1, 1)
+    kinds = (broken_guarantees._ASSERTION, broken_guarantees._NO_SUCH_ERROR)
+    begins = [[bool(re.match(kind, message)) for kind in kinds] for message in found.failures]
+    yes, no = True, False
+    assert begins == [[yes, no], [yes, no], [no, yes], [yes, yes], [no, no]]
+    assert str(found).startswith("5 failed, 1 passed, 1 errors (AssertionError: why")
+    assert broken_guarantees.run_test("test_absent.py", tmp_path).num_passed == 0
+
+
+def test_timeout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(broken_guarantees, "TIMEOUT_S", 0.2)
+    found = broken_guarantees.run_test("test_it.py", tmp_path)
+    assert (found, str(found)) == (Run(None), "not done after 0.2 s")
+
+
+def test_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What git knows or would add is copied as it is now; the rest is not."""
+    root, folder = tmp_path / "root", tmp_path / "copy"
+    (root / "tests").mkdir(parents=True)
+    for command in (["init", "-q"], ["add", "."]):
+        (root / "tests" / "known.py").write_text("old")
+        (root / "tests" / "gone.py").touch()
+        subprocess.run(["git", *command], cwd=root, check=True)
+    (root / "tests" / "known.py").write_text("new")
+    (root / "tests" / "gone.py").unlink()
+    (root / "tests" / "untracked.py").touch()
+    (root / "tests" / "ignored.txt").touch()
+    (root / ".gitignore").write_text("*.txt")
+    monkeypatch.setattr(broken_guarantees, "ROOT", root)
+    broken_guarantees.copy_checkout(folder)
+    assert {p.name for p in (folder / "tests").iterdir()} == {"known.py", "untracked.py"}
+    assert (folder / "tests" / "known.py").read_text() == "new"

@@ -83,6 +83,8 @@ class Worker:
         except BrokenPipeError:
             pass  # the end of its output, below, says the same
         for line in self.process.stdout:
+            if not line.endswith("\n"):
+                break  # killed while it wrote: the end of its output
             message = json.loads(line)
             if "error" in message:
                 self.close()

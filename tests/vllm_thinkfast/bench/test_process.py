@@ -10,8 +10,10 @@ from vllm_thinkfast.bench.process import Worker, WorkerError
 from vllm_thinkfast.bench.run import start_worker
 
 SERVER = """
-import os, sys
+import os, signal, sys
 from vllm_thinkfast.bench.serve import serve
+
+channel = os.dup(1)
 
 def answer(engine, command, on_progress):
     do = command["do"]
@@ -24,6 +26,9 @@ def answer(engine, command, on_progress):
         return engine, [engine, os.getcwd(), os.environ["MINE"], os.environ["HF_HUB_OFFLINE"]]
     if do == "exit":
         sys.exit("two\\nlines")
+    if do == "die":
+        os.write(channel, b'{"progress": [1, 2]}\\n{"res')
+        os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
 
 serve(answer)
@@ -87,3 +92,13 @@ def test_died(worker: Worker) -> None:
     worker.process.kill()
     with pytest.raises(WorkerError, match=r"^the process ended with code -9"):
         worker.ask("roofline", dtype="float32")
+
+
+def test_died_while_writing(server: Worker) -> None:
+    """Half a line is no answer, and no error of JSON."""
+    seen: list[tuple[int, int]] = []
+    with pytest.raises(WorkerError, match=r"^the process ended with code -9; see .*log$"):
+        server.ask("die", lambda *counts: seen.append(counts))
+    assert seen == [(1, 2)]
+    assert server.process.stdout is not None
+    assert server.process.stdout.closed

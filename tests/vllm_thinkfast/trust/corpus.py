@@ -9,9 +9,10 @@ import itertools
 import json
 import math
 import random
+import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 
 from tests.reference.random_checkpoints import ROPE_LLAMA3, write_checkpoint
 from vllm_thinkfast.checkpoints.convert import convert_checkpoint
+from vllm_thinkfast.configs import llamba, mamba_in_llama
 
 SEED = 20261121
 
@@ -38,7 +40,12 @@ class Case:
     must_fail: bool = False
     """Loading it as if nothing were wrong would be a mistake, whatever is loaded."""
     hints: tuple[str, ...] = field(default=())
-    """An error has to name one of these: file, field, tensor."""
+    """An error has to name one of these: the field or the tensor if one was damaged, else the
+    file."""
+    has_values: bool = True
+    """Whether the file says which numbers its tensors hold. In files before torch 1.6 a tensor may
+    name a storage that is not there: torch 2.13 then gives whatever is in memory, every time
+    something else, and has no way to tell."""
 
 
 _SMALL = {
@@ -232,6 +239,36 @@ def path_words(path: tuple[Any, ...]) -> list[str]:
     return [word for word in path if isinstance(word, str)]
 
 
+_PUBLISHED = {"config.json": llamba, "mamba_config.json": mamba_in_llama}
+"""File -> the module that knows what we call the fields that a publisher writes into it."""
+
+
+_NAMED_INSTEAD = {
+    # A width of one that the heads do not divide, fewer layers than some index of a layer, ...
+    "d_model": ("mixer_width",),
+    "hidden_size": ("mixer_width",),
+    "num_hidden_layers": ("attention_layers",),
+    "rope_parameters": ("rope_type",),
+    "weight_layout": ("M1 folders",),
+}
+"""Field -> what errors name that come up only beside another field."""
+
+
+def field_names(file: str, path: tuple[Any, ...], old: Any = None) -> tuple[str, ...]:
+    """What an error may call a field.
+
+    The words of its path, our own name for it, and what is in it if it is an object.
+    """
+    words = path_words(path)
+    ours = [
+        name
+        for name, published in _PUBLISHED[file]._PUBLISHED_NAMES.items()
+        if words[-1] in re.findall(r"\w+", published.partition(" of ")[0])
+    ]
+    inside = old if isinstance(old, dict) else ()
+    return (*words, *ours, *inside, *_NAMED_INSTEAD.get(words[-1], ()))
+
+
 def _field_cases(folder: Path, file: str) -> Iterator[Case]:
     draw = random.Random(f"{SEED} {folder.name} {file}")
     document = json.loads((folder / file).read_text())
@@ -241,13 +278,20 @@ def _field_cases(folder: Path, file: str) -> Iterator[Case]:
         for step in path[:-1]:
             parent = parent[step]
         old = parent[key]
+        hints = field_names(file, path, old)
 
         def case(
-            what: str, change: Any, must_fail: bool = False, path: Any = path, where: str = where
+            what: str,
+            change: Any,
+            must_fail: bool = False,
+            more: tuple[str, ...] = (),
+            path: Any = path,
+            where: str = where,
+            hints: tuple[str, ...] = hints,
         ) -> Case:
             files: Files = {file: _dump(_changed(document, path, change))}
-            hints = (*path_words(path), file, "config.json", folder.name)
-            return Case(folder.name, f"{file}: {where} {what}", files, must_fail, hints)
+            what = f"{file}: {where} {what}"
+            return Case(folder.name, what, files, must_fail, (*hints, *more))
 
         for value in draw.sample(_values(old), _NUM_VALUES):
             yield case(f"= {_short(value)}", lambda p, k, v=value: _set(p, k, v))
@@ -266,13 +310,13 @@ def _field_cases(folder: Path, file: str) -> Iterator[Case]:
                 f"renamed to {name}",
                 lambda p, k, n=name: {(n if key == k else key): v for key, v in p.items()},
                 must_fail=is_read and len(key) > 4,
+                more=(name,),
             )
         yield case("beside a misspelling", lambda p, k: {**p, k + "s": 5}, must_fail=is_read)
         # The same key twice, with other values: JSON leaves open which counts.
         text = json.dumps(_changed(document, path, lambda p, k: {_MARK: 0, **p}))
         other = json.dumps(draw.choice(_values(old)))
         twice = text.replace(f'"{_MARK}": 0', f"{json.dumps(key)}: {other}", 1).encode()
-        hints = (file, *path_words(path))
         yield Case(folder.name, f"{file}: {where} twice", {file: twice}, True, hints)
 
 
@@ -316,7 +360,9 @@ def _text_cases(folder: Path, file: str) -> Iterator[Case]:
     document = json.loads(raw)
 
     def case(what: str, content: bytes | None, must_fail: bool = False, word: str = file) -> Case:
-        hints = (file, "config.json", folder.name, word)
+        names = field_names(file, (word,), document.get(word))
+        # A field without a name has only the file's; one that cannot be printed is shown escaped.
+        hints = (*names, ascii(word)[1:-1]) if word else (file,)
         return Case(folder.name, f"{file}: {what}", {file: content}, must_fail, hints)
 
     for length in sorted(draw.sample(range(1, len(raw) - 2), 12)):
@@ -364,7 +410,7 @@ def _index_cases(folder: Path) -> Iterator[Case]:
 
     def case(what: str, content: Any, must_fail: bool = True, **files: bytes | None) -> Case:
         data = content if isinstance(content, bytes | None) else _dump(content)
-        hints = (file, folder.name)
+        hints = (file, *files, *weight_map)
         return Case(folder.name, f"{file}: {what}", {file: data, **files}, must_fail, hints)
 
     names = [
@@ -413,11 +459,11 @@ def _header_cases(folder: Path) -> Iterator[Case]:
     header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
     names = sorted(name for name in header if name != "__metadata__")
 
-    def case(what: str, content: bytes, hint: str = file, must_fail: bool = False) -> Case:
-        hints = (file, hint, folder.name)
+    def case(what: str, content: bytes, hint: str = "", must_fail: bool = False) -> Case:
+        hints = (file, hint) if hint else (file, *names)
         return Case(folder.name, f"{file}: {what}", {file: content}, must_fail, hints)
 
-    def pack(changed: Any, what: str, hint: str = file, must_fail: bool = False) -> Case:
+    def pack(changed: Any, what: str, hint: str = "", must_fail: bool = False) -> Case:
         return case(what, packed(changed, data), hint, must_fail)
 
     for what, content in {
@@ -514,7 +560,7 @@ def _bin_cases(folder: Path) -> Iterator[Case]:
     state = torch.load(folder / file, weights_only=True)
 
     def case(what: str, content: bytes | None, must_fail: bool = False, **files: bytes) -> Case:
-        hints = (file, folder.name)
+        hints = (file, *files, *state)
         return Case(folder.name, f"{file}: {what}", {file: content, **files}, must_fail, hints)
 
     for what, content in pickles.hostile(state):
@@ -539,7 +585,8 @@ def _bin_cases(folder: Path) -> Iterator[Case]:
         changed = bytearray(legacy)
         at = draw.randrange(4000)
         changed[at] ^= 1 << draw.randrange(8)
-        yield case(f"bit flipped in byte {at} of a file before torch 1.6", bytes(changed))
+        flipped = case(f"bit flipped in byte {at} of a file before torch 1.6", bytes(changed))
+        yield replace(flipped, has_values=False)
     index = "pytorch_model.bin.index.json"
     for name in ("../llamba/model.safetensors", "/etc/passwd", "config.json", 5, None):
         content = _dump({"weight_map": dict.fromkeys(state, name)})

@@ -8,6 +8,7 @@ without prefix cache. All in float32.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,14 @@ class Seen:
     num_finished: int = 0
     num_aborted: int = 0
     most_running: int = 0
+    num_siblings: int = 0
+    """Samples that began after the first of their request; not of prompts of one token."""
+    num_forked: int = 0
+    """Of those, how many began at the last token of their prompt."""
+    num_prompt_tokens: int = 0
+    """Of everything else that began."""
+    num_shared_tokens: int = 0
+    """Of those, how many came from the prefix cache."""
 
 
 ARRIVALS = st.builds(
@@ -118,6 +127,33 @@ def sampling(num_tokens: int, num_samples: int = 1) -> Any:
     )
 
 
+@contextmanager
+def counting(scheduler: Any, seen: Seen) -> Iterator[None]:
+    """Counts what requests share when they are scheduled for the first time."""
+    original = scheduler.schedule
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        for new in output.scheduled_new_reqs:
+            length = len(new.prompt_token_ids)
+            if length == 1:
+                continue
+            sample, separator, _ = new.req_id.partition("_")
+            if separator and sample != "0":
+                seen.num_siblings += 1
+                seen.num_forked += new.num_computed_tokens == length - 1
+            else:
+                seen.num_prompt_tokens += length
+                seen.num_shared_tokens += new.num_computed_tokens
+        return output
+
+    scheduler.schedule = counted
+    try:
+        yield
+    finally:
+        scheduler.schedule = original
+
+
 def run(llm: Any, schedule: Schedule, seen: Seen) -> dict[int, list[Tokens]]:
     """Steps an engine through a schedule; number of a request -> tokens of its samples."""
     engine = llm.llm_engine
@@ -144,7 +180,9 @@ def run(llm: Any, schedule: Schedule, seen: Seen) -> dict[int, list[Tokens]]:
             seen.num_forced += len(scheduler.running)
             assert engine.reset_prefix_cache(reset_running_requests=True)
         before = {name: r.num_preemptions for name, r in scheduler.requests.items()}
-        for output in engine.step():
+        with counting(scheduler, seen):
+            outputs = engine.step()
+        for output in outputs:
             if output.finished and int(output.request_id) in in_flight:
                 finished[int(output.request_id)] = [list(o.token_ids) for o in output.outputs]
                 del in_flight[int(output.request_id)]
@@ -227,3 +265,5 @@ def test_prefixes_are_shared(folder: Path, engines: EnginePool, expected: list[T
     seen = check_schedules(engines.get(folder, **WIDE), expected)
     assert seen.most_running == WIDE["max_num_seqs"]
     assert seen.num_forced >= NUM_EXAMPLES
+    assert seen.num_forked == seen.num_siblings >= 3 * NUM_EXAMPLES, seen
+    assert seen.num_shared_tokens >= seen.num_prompt_tokens / 4, seen
