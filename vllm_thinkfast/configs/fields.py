@@ -50,16 +50,21 @@ def check_spelling(owner: str, given: Iterable[str], known: Collection[str]) -> 
     For files that may hold fields of other programs: those are ignored, as transformers does, but
     a misspelt field of ours would silently mean its default.
     """
-    by_plain_name = {name.casefold(): name for name in known}
+    by_plain_name = {_plain(name): name for name in known}
     for name in sorted(set(given) - set(known)):
+        plain = _plain(name)
         # A name that is longer by a word (use_sliding_window) is another name.
-        near = [other for other in by_plain_name if abs(len(other) - len(name)) <= _MOST_ADDED]
-        meant = difflib.get_close_matches(name.casefold(), near, n=1, cutoff=_CLOSE)
+        near = [other for other in by_plain_name if abs(len(other) - len(plain)) <= _MOST_ADDED]
+        meant = difflib.get_close_matches(plain, near, n=1, cutoff=_CLOSE)
         if meant:
             raise ValueError(
                 f"{owner}: unknown field {shown(name)}; did you mean "
                 f"{by_plain_name[meant[0]]!r}? Rename it, or remove it."
             )
+
+
+def _plain(name: str) -> str:
+    return name.casefold().replace("_", "")
 
 
 def check_no_members(owner: str, config_class: type, given: Iterable[str]) -> None:

@@ -391,6 +391,9 @@ def _converted_hybrid_fields(config: Json) -> Json:
         return value
 
     rope = stated("rope_parameters", lambda v: isinstance(v, dict), {"rope_theta": 10000.0})
+    rope = {name: value for name, value in rope.items() if value is not None}
+    if rope.get("partial_rotary_factor") == 1:
+        del rope["partial_rotary_factor"]
     rope = {"rope_type": "default", **rope}
     _check_rope(rope)
     if not all(type(i) is int for i in layers):
