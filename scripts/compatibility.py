@@ -107,7 +107,9 @@ class Recorder:
 def _features(item: Any) -> Iterator[tuple[str, str, str | None]]:
     """(feature, model, why it is refused) of a collected test."""
     values = getattr(item, "callspec", None)
-    models = [v for v in values.params.values() if v in MODELS] if values else []
+    models = (
+        [v for v in values.params.values() if isinstance(v, str) and v in MODELS] if values else []
+    )
     if not models:
         return
     for marker in item.iter_markers("feature"):

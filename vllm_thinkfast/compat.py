@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FIRST_WITH_DRAFTS = "0.32.0"
+"""The first vLLM with which drafted tokens were seen to work."""
 OLDEST_VLLM = "0.25.0"
 """Below this the plugin refuses to register. The names it uses were looked up in the
 source of 0.25.1; the engine tests have passed on TESTED_VLLM only."""
@@ -78,6 +80,18 @@ def is_too_old(version: str) -> bool:
     from packaging.version import Version
 
     return Version(version).release < Version(OLDEST_VLLM).release
+
+
+def has_drafts() -> bool:
+    """Whether this vLLM tells state layers which tokens are drafts.
+
+    In 0.28 the metadata has no offsets of the decoding sequences. A distribution that cannot be
+    found is taken for a new one.
+    """
+    from packaging.version import Version
+
+    found = vllm_distribution()
+    return found is None or Version(found[1]).release >= Version(FIRST_WITH_DRAFTS).release
 
 
 @contextmanager

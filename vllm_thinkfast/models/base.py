@@ -24,7 +24,7 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
-from vllm_thinkfast import state_cache
+from vllm_thinkfast import compat, state_cache
 from vllm_thinkfast.models.loading import load_house_tensors
 
 BlockFactory = Callable[[str], nn.Module]
@@ -33,9 +33,17 @@ _DRAFTS_WITHOUT_MODEL = ("ngram", "suffix")
 """Methods of speculative decoding whose drafts come from the text so far."""
 
 
-def _check_speculation(vllm_config: VllmConfig) -> None:
+def check_speculation(vllm_config: VllmConfig) -> None:
+    """Raises ValueError for a kind of speculative decoding that would not work."""
     speculation = vllm_config.speculative_config
-    if speculation is None or speculation.method in _DRAFTS_WITHOUT_MODEL:
+    if speculation is None:
+        return
+    if not compat.has_drafts():
+        raise ValueError(
+            f"speculative_config: recurrent models need vLLM {compat.FIRST_WITH_DRAFTS} for it; "
+            "update vLLM or leave it out."
+        )
+    if speculation.method in _DRAFTS_WITHOUT_MODEL:
         return
     model = vllm_config.model_config.model
     accepted = f"accepted: {' and '.join(_DRAFTS_WITHOUT_MODEL)}."
@@ -140,7 +148,7 @@ class RecurrentForCausalLM(nn.Module, SupportsLoRA):
             ValueError: a kind of speculative decoding that these models cannot do.
         """
         super().__init__()
-        _check_speculation(vllm_config)
+        check_speculation(vllm_config)
         config = vllm_config.model_config.hf_config
         self.config = config
         self.source = vllm_config.model_config.model
