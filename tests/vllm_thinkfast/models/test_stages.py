@@ -3,6 +3,7 @@
 import pytest
 
 from vllm_thinkfast.configs import MambaInLlamaConfig
+from vllm_thinkfast.models import mamba_in_llama
 from vllm_thinkfast.models.mamba_in_llama import check_stages
 
 
@@ -51,6 +52,9 @@ def test_refused(
 
 
 def test_other_borders(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "3,1")
+    # As VLLM_PP_LAYER_PARTITION=3,1 says it, which vLLM reads once per process.
+    monkeypatch.setattr(
+        mamba_in_llama, "get_pp_indices", lambda layers, stage, stages: ((0, 3), (3, 4))[stage]
+    )
     with pytest.raises(ValueError, match="stage 1 would have the layers 3 to 3"):
         check_stages(hybrid(4, [0, 3]), 2)
