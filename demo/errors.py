@@ -1,4 +1,4 @@
-"""The demo's one error for what the user can mend."""
+"""The one error of demo/ and scripts/ for what the user can mend."""
 
 
 class InputError(Exception):

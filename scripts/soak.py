@@ -35,6 +35,7 @@ from typing import Any, NoReturn
 
 from tokenizers import Tokenizer
 
+from demo.errors import InputError
 from scripts.soak_client import Probes, new_session, outcome, problems, send
 from scripts.soak_server import (
     AT_REST,
@@ -61,10 +62,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """That end the run and the server. SIGINT is named since a shell's background jobs ignore it."""
 MAX_KEPT = 200
 """Failures in the results; all are counted."""
-
-
-class InputError(Exception):
-    """One line that names the value, what is accepted, and the fix. Ends with exit code 2."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ import yaml
 
 from demo.settings import file_hash
 from scripts.tiny_models import BIN, RECIPES, ROOT, TrainingError, call, export, say, train
+from vllm_thinkfast.bench.environment import git_commit
 
 LLAMBA, HYBRID = "arith-llamba-tiny.yaml", "arith-mambainllama-tiny.yaml"
 STAGES = ("matrix_mixing", "hidden_state", "end_to_end_forward", "end_to_end_reverse")
@@ -280,11 +280,6 @@ def draw(study: dict[str, Any], path: Path) -> None:
         plt.close(figure)
 
 
-def _git_commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="tiny_study", description=__doc__)
@@ -302,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
         with ThreadPoolExecutor(max_workers=2) as pool:
             found = list(pool.map(lambda job: run_variant(job[0], runs, job[1]), jobs))
         study = {
-            "git_commit": _git_commit(),
+            "git_commit": git_commit(),
             "teacher": sample(TEACHER, runs / "teacher", NUM_PROBLEMS, NUM_SAMPLES),
             "num_problems": NUM_PROBLEMS,
             "num_samples": NUM_SAMPLES,

@@ -70,16 +70,12 @@ def vllm_distribution() -> tuple[str, str] | None:
 
 def is_newer_than_tested(version: str) -> bool:
     """Whether a vLLM version is above the tested range."""
-    from packaging.version import Version
-
-    return Version(version).release > Version(TESTED_VLLM[-1]).release
+    return _is_before(TESTED_VLLM[-1], version)
 
 
 def is_too_old(version: str) -> bool:
     """Whether a vLLM version is below the accepted range."""
-    from packaging.version import Version
-
-    return Version(version).release < Version(OLDEST_VLLM).release
+    return _is_before(version, OLDEST_VLLM)
 
 
 def has_drafts() -> bool:
@@ -88,10 +84,15 @@ def has_drafts() -> bool:
     In 0.28 the metadata has no offsets of the decoding sequences. A distribution that cannot be
     found is taken for a new one.
     """
+    found = vllm_distribution()
+    return found is None or not _is_before(found[1], FIRST_WITH_DRAFTS)
+
+
+def _is_before(version: str, other: str) -> bool:
+    """Whether a version's release number is the lower one; pre-releases count as the release."""
     from packaging.version import Version
 
-    found = vllm_distribution()
-    return found is None or Version(found[1]).release >= Version(FIRST_WITH_DRAFTS).release
+    return Version(version).release < Version(other).release
 
 
 @contextmanager
@@ -203,12 +204,10 @@ def fork_obstacle() -> str | None:
 
 
 def _fork_version_obstacle() -> str | None:
-    from packaging.version import Version
-
     distribution = vllm_distribution()
     if distribution is not None:
         name, version = distribution
-        if Version(version).release < Version(OLDEST_FORK_VLLM).release:
+        if _is_before(version, OLDEST_FORK_VLLM):
             return f"that needs {name} {OLDEST_FORK_VLLM} or newer, found {version}"
     return None
 

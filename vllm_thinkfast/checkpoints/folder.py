@@ -113,13 +113,15 @@ def weight_map(index: Path) -> dict[str, str]:
 
 def tensor_names(folder: Path) -> list[str]:
     """Names of all tensors in the folder, from headers alone where the container has one."""
-    for index in (_SAFETENSORS_INDEX, _BIN_INDEX):
-        if (folder / index).is_file() and weight_files(folder):
-            return sorted(weight_map(folder / index))
-        if weight_files(folder)[:1] and weight_files(folder)[0].suffix == ".safetensors":
-            break
+    files = weight_files(folder)
+    if not files:
+        return []
+    is_safetensors = files[0].suffix == ".safetensors"
+    index = folder / (_SAFETENSORS_INDEX if is_safetensors else _BIN_INDEX)
+    if index.is_file():
+        return sorted(weight_map(index))
     names: list[str] = []
-    for file in weight_files(folder):
+    for file in files:
         if file.suffix == ".safetensors":
             with _open_safetensors(file) as opened:
                 names.extend(opened.keys())
