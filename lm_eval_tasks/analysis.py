@@ -84,6 +84,7 @@ class Run:
     occupancy: Occupancy
     facts: dict[str, Any]
     throughput: list[dict[str, Any]]
+    reward_hash: str | None = None
 
     @property
     def group(self) -> tuple[str, str, str]:
@@ -122,6 +123,7 @@ def load_run(folder: Path, settings: Settings) -> Run:
     facts = {
         "num_problems": len(samples),
         "num_samples": len(flat),
+        "seed": config["seed"],
         "fewest_samples": min(counts),
         "most_samples": max(counts),
         "distinct_texts": len({(r.problem_id, r.text) for r in records}) / len(records),
@@ -145,7 +147,17 @@ def load_run(folder: Path, settings: Settings) -> Run:
         "resumed_problems": len({p for s in sessions for p in s.get("resumed_problems", [])}),
     }
     throughput = read_throughput(folder)
-    return Run(folder, config["name"], config, sessions, samples, occupancy, facts, throughput)
+    return Run(
+        folder,
+        config["name"],
+        config,
+        sessions,
+        samples,
+        occupancy,
+        facts,
+        throughput,
+        scored.reward_hash,
+    )
 
 
 def _total(sessions: Sequence[dict[str, Any]], field: str) -> float | None:
@@ -161,6 +173,7 @@ def analyse(runs: Sequence[Run], settings: Settings) -> list[dict[str, Any]]:
     Raises:
         InputError: two runs of a group have one name, or runs of a group share no problem.
     """
+    runs = _charge_reward_by_token(runs)
     named = [(*run.group, run.name) for run in runs]
     for key in named:
         if named.count(key) > 1:
@@ -169,6 +182,35 @@ def analyse(runs: Sequence[Run], settings: Settings) -> list[dict[str, Any]]:
     for run in runs:
         groups.setdefault(run.group, []).append(run)
     return [_analyse_group(key, members, settings) for key, members in groups.items()]
+
+
+def _charge_reward_by_token(runs: Sequence[Run]) -> list[Run]:
+    """Give all samples one price per token that the reward model read.
+
+    It reads the runs one after another. What the machine does meanwhile would pass for a difference
+    between them, though reading a token costs the same whoever wrote it. Scores of different reward
+    models, and those of earlier versions, which do not say how many tokens were read, keep the
+    measured seconds.
+    """
+    flat = [one for run in runs for drawn in run.samples.values() for one in drawn]
+    read = [one for one in flat if one.reward_s is not None]
+    tokens = sum(one.reward_tokens or 0 for one in read)
+    is_known = all(one.reward_tokens is not None for one in read)
+    if not tokens or not is_known or len({run.reward_hash for run in runs}) > 1:
+        return list(runs)
+    price = math.fsum(one.reward_s or 0.0 for one in read) / tokens
+
+    def charged(one: ScoredSample) -> ScoredSample:
+        return replace(
+            one,
+            reward_s=None if one.reward_s is None else price * (one.reward_tokens or 0),
+            measured_reward_s=one.reward_s,
+        )
+
+    return [
+        replace(run, samples={name: [*map(charged, drawn)] for name, drawn in run.samples.items()})
+        for run in runs
+    ]
 
 
 def _analyse_group(
@@ -204,6 +246,9 @@ def _differences(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
         values = {run.name: run.config.get(field) for run in runs}
         if any(value != values[runs[0].name] for value in values.values()):
             found[field] = values
+    seeds = {run.name: run.config["seed"] for run in runs}
+    if len({seed is None for seed in seeds.values()}) > 1:  # vLLM draws seeded samples slower
+        found["seed"] = seeds
     return found
 
 
@@ -227,10 +272,11 @@ def _describe(
         errors = np.sqrt((values[:, :, 1] ** 2).sum(axis=0)) / len(judged)
         for k, interval, error in zip(ks, intervals, errors.tolist(), strict=True):
             metrics[f"{method}@{k}"] = asdict(interval) | {"mc_error": error}
-    rewards = [one.reward_s for drawn in problems for one in drawn if one.reward_s is not None]
     facts = dict(run.facts)
     if settings.reward is not None:
-        facts["reward_s_per_sample"] = sum(rewards) / len(rewards) if rewards else None
+        flat = [one for drawn in problems for one in drawn]
+        facts["reward_s_per_sample"] = _mean([one.reward_s for one in flat])
+        facts["measured_reward_s_per_sample"] = _mean([one.measured_reward_s for one in flat])
     return {
         "name": run.name,
         "folder": str(run.folder),
@@ -241,6 +287,12 @@ def _describe(
         "metrics": metrics,
         "throughput": _summarise_throughput(run.throughput),
     }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the numbers among the values, None without any."""
+    numbers = [value for value in values if value is not None]
+    return math.fsum(numbers) / len(numbers) if numbers else None
 
 
 def _summarise_throughput(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -254,6 +306,7 @@ def _summarise_throughput(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]
             "num_prompt_tokens": found[0]["num_prompt_tokens"],
             "num_tokens": found[0]["num_tokens"],
             "preemptions": max(row["num_preemptions"] for row in found),
+            "seeded": any(row["seeded"] for row in found),
         }
         for field in ("seconds", "tokens_per_s", "decode_tokens_per_s"):
             values = [row[field] for row in found]

@@ -89,8 +89,13 @@ def _doubts(group: dict[str, Any]) -> Table:
     facts = [run["facts"] for run in group["runs"]]
     if any("reward_s_per_sample" in fact for fact in facts):
         rows.append(("reward model seconds per sample", "reward_s_per_sample", _number))
+    is_pooled = any(fact.get("measured_reward_s_per_sample") is not None for fact in facts)
+    if is_pooled:
+        rows.append(("the same as measured", "measured_reward_s_per_sample", _number))
     if any(fact["resumed_problems"] for fact in facts) and group["regime"] == "latency":
         rows.append(("problems drawn at more than one load", "resumed_problems", str))
+    if all("seed" in fact for fact in facts):
+        rows.insert(3, ("seed of the samples", "seed", _seed))
     cells = []
     for title, key, form in rows:
         if key:
@@ -104,10 +109,30 @@ def _doubts(group: dict[str, Any]) -> Table:
     notes = ["Effective batch size: samples being generated at once, averaged over time."]
     if not all(fact["has_first_tokens"] for fact in facts):
         notes.append("Where the server gave no first-token times it includes waiting samples.")
+    if any(fact.get("seed") is not None for fact in facts):
+        notes.append(
+            "vLLM draws samples that have seeds one by one, which takes the same time for every "
+            "model and brings their seconds closer together."
+        )
+    if is_pooled:
+        notes.append(
+            "Reward model seconds: one price per token that it read, from all runs together; it "
+            "read them one after another, and what the machine did meanwhile is no difference "
+            "between them."
+        )
+    elif any(fact.get("reward_s_per_sample") is not None for fact in facts):
+        notes.append(
+            "Reward model seconds are as measured, one run after another: they differ by what the "
+            "machine did meanwhile, too."
+        )
     if any(fact["distinct_texts"] < 0.5 for fact in facts):
         notes.append("Many equal texts: are the samples copies (seeds, temperature)?")
     header = ["", *(run["name"] for run in group["runs"])]
     return Table("What was run", header, cells, " ".join(notes))
+
+
+def _seed(seed: int | None) -> str:
+    return "none: drawn without seeds" if seed is None else str(seed)
 
 
 def _metrics(group: dict[str, Any], level: float) -> Table:
@@ -229,7 +254,8 @@ def _throughput(group: dict[str, Any]) -> Table:
             rows.append([run["name"], str(row["batch_size"]), *cells, str(row["preemptions"])])
             notes.add(
                 f"{row['num_prompt_tokens']} prompt and {row['num_tokens']} new tokens per "
-                f"sequence; median of {row['rounds']} rounds (range for decoding)."
+                f"sequence; median of {row['rounds']} rounds (range for decoding)"
+                f"{', drawn with seeds' if row.get('seeded') else ''}."
             )
     header = ["run", "sequences", "seconds", "tokens/s", "decoding tokens/s", "preemptions"]
     return Table("Generation speed", header, rows, " ".join(sorted(notes)))
