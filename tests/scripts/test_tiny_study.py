@@ -13,7 +13,7 @@ from scripts.tiny_models import RECIPES
 from scripts.tiny_study import BATCH_TOKENS, STAGES, Variant, draw, tables, variants
 from thinkfast_distill.config import load
 
-VARIANTS = variants()
+VARIANTS = variants(1.0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
@@ -39,6 +39,30 @@ def test_variants_have_the_same_budget(kind: str) -> None:
     assert len(of_kind) >= 2
     assert len({sum(v.tokens.values()) for v in of_kind}) == 1
     assert [v.name for v in of_kind if v.with_stages] == [kind]
+
+
+def test_whole_budgets_are_the_recipes() -> None:
+    """In whole batches, which is what the trainer does with any budget."""
+    for variant in VARIANTS:
+        shipped = {stage.name: stage.tokens for stage in load(RECIPES / variant.recipe).stages}
+        if set(shipped) == set(variant.tokens):
+            for name, tokens in variant.tokens.items():
+                assert 0 <= tokens - shipped[name] < BATCH_TOKENS
+
+
+@pytest.mark.parametrize("share", [1e-9, 0.25])
+def test_share_of_the_budgets(share: float) -> None:
+    for variant, whole in zip(variants(share), VARIANTS, strict=True):
+        for name, tokens in variant.tokens.items():
+            assert tokens % BATCH_TOKENS == 0
+            assert tokens >= max(BATCH_TOKENS, share * whole.tokens[name])
+            assert tokens <= share * whole.tokens[name] + 3 * BATCH_TOKENS
+
+
+@pytest.mark.parametrize("share", ["0", "-1", "1.5", "nan"])
+def test_bad_share_is_refused(share: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny_study.main(["--share", share]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --share {float(share)}: give a number")
 
 
 def _result(name: str, seed: int, kl: float, pass_1: float, *, whole: bool) -> dict[str, Any]:
