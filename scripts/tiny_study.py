@@ -90,6 +90,19 @@ def variants(share: float) -> list[Variant]:
     ]
 
 
+def _named(of_study: list[Variant], names: list[str] | None) -> list[Variant]:
+    """Those with one of the names; all without names.
+
+    Raises:
+        TrainingError: no variant has one of the names.
+    """
+    known = [variant.name for variant in of_study]
+    for name in names or []:
+        if name not in known:
+            raise TrainingError(f"--only {name!r}: the variants are {'; '.join(known)}")
+    return [variant for variant in of_study if variant.name in (names or known)]
+
+
 def _budgets(recipe: str, share: float) -> dict[str, int]:
     """Stage -> a share of its tokens, in whole batches, at least one."""
     stages = yaml.safe_load((RECIPES / recipe).read_text(encoding="utf-8"))["stages"]
@@ -303,6 +316,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study" / "results")
     parser.add_argument("--seeds", type=int, default=1, help="runs of every variant")
     parser.add_argument("--share", type=float, default=1.0, help="of the recipes' tokens")
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="a variant; may be repeated; default: all"
+    )
     options = parser.parse_args(arguments)
     runs, out = options.runs.resolve(), options.out.resolve()
     try:
@@ -313,7 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not TEACHER.is_dir():
             raise TrainingError(f"{TEACHER}: no such folder; make it with: make tiny")
         of_share = runs / f"share-{options.share:g}"
-        chosen = variants(options.share)
+        chosen = _named(variants(options.share), options.only)
         jobs = [(variant, seed) for seed in range(options.seeds) for variant in chosen]
         with ThreadPoolExecutor(max_workers=2) as pool:
             found = list(pool.map(lambda job: run_variant(job[0], of_share, job[1]), jobs))

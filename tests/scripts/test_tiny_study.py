@@ -65,6 +65,26 @@ def test_bad_share_is_refused(share: str, capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err.startswith(f"error: --share {float(share)}: give a number")
 
 
+def test_unknown_variant_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny_study.main(["--only", "hybrid", "--only", "Llama"]) == 2
+    assert capsys.readouterr().err.startswith("error: --only 'Llama': the variants are Llamba; ")
+
+
+def test_chosen_variants(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run(variant: Variant, runs: Path, seed: int) -> dict[str, Any]:
+        assert runs.name == "share-0.5"
+        return _result(variant.name, seed, 0.5, 0.4, whole=variant.with_stages)
+
+    passk = {"pass@1": 0.6, "pass@1_stderr": 0.03, "pass@16": 0.9, "pass@16_stderr": 0.01}
+    monkeypatch.setattr(tiny_study, "run_variant", run)
+    monkeypatch.setattr(tiny_study, "sample", lambda *arguments: passk)
+    words = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--share", "0.5"]
+    assert tiny_study.main([*words, "--only", "hybrid", "--only", "Llamba"]) == 0
+    study = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert [result["name"] for result in study["variants"]] == ["Llamba", "hybrid"]
+    assert study["share"] == 0.5
+
+
 def _result(name: str, seed: int, kl: float, pass_1: float, *, whole: bool) -> dict[str, Any]:
     metrics = {"reverse_kl": kl, "forward_kl": kl / 2, "top1_agreement": 1 - kl / 10}
     passk = {"pass@1": pass_1, "pass@1_stderr": 0.01, "pass@16": 0.75, "pass@16_stderr": 0.02}
