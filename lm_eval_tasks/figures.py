@@ -91,7 +91,7 @@ class Figure:
         """Return for each line the factor on x that keeps points of equal x apart."""
         if self.x_base != 2 or not all(line.has_markers for line in self.series):
             return [1.0] * len(self.series)
-        step = min(0.1, 0.4 / len(self.series))
+        step = min(0.13, 0.45 / len(self.series))
         middle = (len(self.series) - 1) / 2
         return [2.0 ** (step * (i - middle)) for i in range(len(self.series))]
 

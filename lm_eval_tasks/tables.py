@@ -310,9 +310,8 @@ def _throughput(group: dict[str, Any]) -> Table:
             rounds = _ONE_ROUND if row["rounds"] < 2 else str(row["rounds"])
             preemptions = str(row["preemptions"])
             rows.append([run["name"], str(row["batch_size"]), rounds, *cells, preemptions])
-            notes.add(
-                f"{row['num_prompt_tokens']} prompt and {row['num_tokens']} new tokens per sequence."
-            )
+            lengths = f"{row['num_prompt_tokens']} prompt and {row['num_tokens']} new tokens"
+            notes.add(f"{lengths} per sequence.")
     header = ["run", "sequences", "rounds", "seconds", "tokens/s", "decoding tokens/s"]
     note = "Median over rounds; in brackets the timing spread, least to most over rounds."
     return Table(

@@ -64,7 +64,8 @@ def compare_arguments(options: argparse.Namespace) -> list[str]:
         arguments += ["--model", _shown(contender.folder)]
     arguments += ["--num-samples", str(options.num_samples), "--limit", str(options.problems)]
     arguments += ["--latency-limit", str(options.latency_problems)]
-    arguments += ["--rounds", str(options.rounds)]
+    if options.rounds is not None:
+        arguments += ["--rounds", str(options.rounds)]
     arguments += ["--batch-sizes", *map(str, options.batch_sizes)]
     arguments += ["--speed-tokens", "64", "128"]
     arguments += ["--reward-model", _shown(options.reward), "--reward-time"]
@@ -116,7 +117,10 @@ def _speed_up(group: dict[str, Any], run: str) -> str:
     target = targets[(len(targets) - 1) // 2]
     if target["seconds"] is None:
         return f"not reached ({100 * target['target']:.0f} %)"
-    return f"{target['speedup']:.2f} (to {100 * target['target']:.0f} %)"
+    spread = "one round"
+    if target["round_speedup_low"] is not None:
+        spread = "rounds {round_speedup_low:.2f}-{round_speedup_high:.2f}".format(**target)
+    return f"{target['speedup']:.2f} ({spread}; to {100 * target['target']:.0f} %)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,9 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("--problems", NUM_PROBLEMS, "on the saturated server"),
         ("--latency-problems", LATENCY_PROBLEMS, "one at a time"),
         ("--num-samples", NUM_SAMPLES, "of each problem"),
-        ("--rounds", 2, "in which the models take turns"),
     ):
         parser.add_argument(flag, type=int, default=default, help=f"{text} (%(default)s)")
+    parser.add_argument("--rounds", type=int, help="in which the models take turns (3)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES, metavar="B")
     options = parser.parse_args(arguments)
     started = time.monotonic()
@@ -149,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = options.out / "report"
     results = json.loads((report / "results.json").read_text(encoding="utf-8"))
     sys.stdout.write(f"\n{summary(results)}")
-    sys.stdout.write(f"{_shown(report)}: report.html, report.md, figures\n")
+    sys.stdout.write(f"{_shown(report)}: report.html, report.md, points.csv, figures\n")
     sys.stdout.write(f"this call took {(time.monotonic() - started) / 60:.1f} minutes\n")
     return 0
 

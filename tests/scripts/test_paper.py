@@ -87,6 +87,7 @@ def test_continues_after_kill_9_with_the_same_statistics(
     teacher = expected["saturated/llama-tiny"]
     shown = " | ".join(f"{100 * teacher[key]['value']:.1f} %" for key in ("pass@1", "pass@4"))
     assert f"| llama-tiny | {shown} | " in printed
+    assert (whole / "report" / "points.csv").read_text().count("\n") > 100
     names = {path.name for path in (whole / "report" / "figures").glob("*/*.png")}
     assert {
         "coverage-vs-k.png",
