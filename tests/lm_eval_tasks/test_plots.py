@@ -168,8 +168,18 @@ def test_plot_command_draws_a_report_again(tmp_path, capsys, drawn):
     again = tmp_path / "again"
     assert main(["plot", str(report / "results.json"), "--out", str(again)]) == 0
     assert (again / "points.csv").read_text() == (report / "points.csv").read_text()
-    assert len(drawn) == 2
     assert drawn[0][0] == drawn[1][0]
+
+    # Reports of earlier versions know less of their runs.
+    results = json.loads((report / "results.json").read_text())
+    for run in results["groups"][0]["runs"]:
+        for name in ("load", "rounds", "caches"):
+            del run["facts"][name]
+        del run["grading"], run["reward"]
+    (tmp_path / "earlier.json").write_text(json.dumps(results))
+    assert main(["plot", str(tmp_path / "earlier.json"), "--out", str(again)]) == 0
+    assert (again / "points.csv").read_text() == (report / "points.csv").read_text()
+    assert len(drawn) == 3
 
     capsys.readouterr()
     (tmp_path / "old.json").write_text(json.dumps({"format": 0}))
