@@ -62,6 +62,18 @@ def study(folder: Path) -> dict[str, Any]:
     return found
 
 
+def test_study_shows_what_lets_a_reader_doubt(study: dict[str, Any], folder: Path) -> None:
+    text = (folder / "prm-study" / "prm_study.md").read_text()
+    for doubt in (
+        "cut at the token limit",
+        "no answer found",
+        "prompt tokens from the prefix cache",
+        "effective batch size",
+    ):
+        assert doubt in text, doubt
+    assert study["runs"][0]["facts"]["num_samples"] == NUM_PROBLEMS * NUM_SAMPLES
+
+
 def condition(study: dict[str, Any], **wanted: Any) -> dict[str, Any]:
     (found,) = [
         one
@@ -131,7 +143,7 @@ def test_files_and_table(study: dict[str, Any], folder: Path) -> None:
     assert {path.name for path in out.iterdir()} == {
         "prm_study.json", "prm_study.md", "prm_study.png", "prm_study.svg",
     }  # fmt: skip
-    table = (out / "prm_study.md").read_text()
+    table, _, _ = (out / "prm_study.md").read_text().partition("### What was run")
     rows = [line for line in table.splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + len(study["runs"][0]["conditions"])
     assert "bon@6" in rows[0]
