@@ -131,7 +131,7 @@ def load_run(folder: Path, settings: Settings) -> Run:
         "num_samples": len(flat),
         "fewest_samples": min(counts),
         "most_samples": max(counts),
-        "distinct_texts": len({(r.problem_id, r.text) for r in records}) / len(records),
+        "distinct_texts": scored.num_distinct_texts / len(records),
         "truncated": sum(one.is_truncated for one in flat) / len(flat),
         "no_answer": sum(one.answer_class is None for one in flat) / len(flat),
         "tokens_per_sample": sum(one.num_tokens for one in flat) / len(flat),

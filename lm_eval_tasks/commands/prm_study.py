@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME|SPEC",
         help="name of scores in the runs, or a reward model as for thinkfast-eval reward; give "
-        "several to swap them (all scores that every run has)",
+        "several to swap them: losses are against the first (all scores that every run has)",
     )
     parser.add_argument(
         "--aggregation",
@@ -249,6 +249,7 @@ def _write(
         "command": options.command_line,
         "settings": {
             "rewards": list(rewards),
+            "reference": {"reward": rewards[0], "aggregation": options.aggregation},
             "aggregation": options.aggregation,
             "k": k,
             "ks": list(study.ks),
