@@ -90,6 +90,7 @@ class Run:
     """Lines of grading.jsonl: who judged the samples."""
     reward: dict[str, Any] | None
     """Which reward model made the scores, see `lm_eval_tasks.provenance.read_reward`."""
+    reward_hash: str | None = None
 
     @property
     def group(self) -> tuple[str, str, str]:
@@ -129,6 +130,7 @@ def load_run(folder: Path, settings: Settings) -> Run:
     facts = {
         "num_problems": len(samples),
         "num_samples": len(flat),
+        "seed": config["seed"],
         "fewest_samples": min(counts),
         "most_samples": max(counts),
         "distinct_texts": scored.num_distinct_texts / len(records),
@@ -165,6 +167,7 @@ def load_run(folder: Path, settings: Settings) -> Run:
         throughput=read_throughput(folder),
         grading=read_grading(folder),
         reward=None if settings.reward is None else read_reward(folder, settings.reward),
+        reward_hash=scored.reward_hash,
     )
 
 
@@ -182,6 +185,7 @@ def analyse(runs: Sequence[Run], settings: Settings) -> list[dict[str, Any]]:
         InputError: two runs of a group have one name, share no problem, or have scores of different
             reward models under one name.
     """
+    runs = _charge_reward_by_token(runs)
     named = [(*run.group, run.name) for run in runs]
     for key in named:
         if named.count(key) > 1:
@@ -190,6 +194,35 @@ def analyse(runs: Sequence[Run], settings: Settings) -> list[dict[str, Any]]:
     for run in runs:
         groups.setdefault(run.group, []).append(run)
     return [_analyse_group(key, members, settings) for key, members in groups.items()]
+
+
+def _charge_reward_by_token(runs: Sequence[Run]) -> list[Run]:
+    """Give all samples one price per token that the reward model read.
+
+    It reads the runs one after another. What the machine does meanwhile would pass for a difference
+    between them, though reading a token costs the same whoever wrote it. Scores of different reward
+    models, and those of earlier versions, which do not say how many tokens were read, keep the
+    measured seconds.
+    """
+    flat = [one for run in runs for drawn in run.samples.values() for one in drawn]
+    read = [one for one in flat if one.reward_s is not None]
+    tokens = sum(one.reward_tokens or 0 for one in read)
+    is_known = all(one.reward_tokens is not None for one in read)
+    if not tokens or not is_known or len({run.reward_hash for run in runs}) > 1:
+        return list(runs)
+    price = math.fsum(one.reward_s or 0.0 for one in read) / tokens
+
+    def charged(one: ScoredSample) -> ScoredSample:
+        return replace(
+            one,
+            reward_s=None if one.reward_s is None else price * (one.reward_tokens or 0),
+            measured_reward_s=one.reward_s,
+        )
+
+    return [
+        replace(run, samples={name: [*map(charged, drawn)] for name, drawn in run.samples.items()})
+        for run in runs
+    ]
 
 
 def _analyse_group(
@@ -257,11 +290,15 @@ def _differences(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     candidates["reward"] = {
         run.name: run.reward and run.reward["description"].get("resolved") for run in runs
     }
-    return {
+    found = {
         field: values
         for field, values in candidates.items()
         if any(value != values[runs[0].name] for value in values.values())
     }
+    seeds = {run.name: run.config["seed"] for run in runs}
+    if len({seed is None for seed in seeds.values()}) > 1:  # vLLM draws seeded samples slower
+        found["seed"] = seeds
+    return found
 
 
 def _describe(
@@ -284,10 +321,11 @@ def _describe(
         errors = np.sqrt((values[:, :, 1] ** 2).sum(axis=0)) / len(judged)
         for k, interval, error in zip(ks, intervals, errors.tolist(), strict=True):
             metrics[f"{method}@{k}"] = asdict(interval) | {"mc_error": error}
-    rewards = [one.reward_s for drawn in problems for one in drawn if one.reward_s is not None]
     facts = dict(run.facts)
     if settings.reward is not None:
-        facts["reward_s_per_sample"] = sum(rewards) / len(rewards) if rewards else None
+        flat = [one for drawn in problems for one in drawn]
+        facts["reward_s_per_sample"] = _mean([one.reward_s for one in flat])
+        facts["measured_reward_s_per_sample"] = _mean([one.measured_reward_s for one in flat])
     return {
         "name": run.name,
         "folder": str(run.folder),
@@ -302,6 +340,12 @@ def _describe(
     }
 
 
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the numbers among the values, None without any."""
+    numbers = [value for value in values if value is not None]
+    return math.fsum(numbers) / len(numbers) if numbers else None
+
+
 def _summarise_throughput(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return median, smallest and largest value over rounds, for each batch size."""
     summary = []
@@ -313,6 +357,7 @@ def _summarise_throughput(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]
             "num_prompt_tokens": found[0]["num_prompt_tokens"],
             "num_tokens": found[0]["num_tokens"],
             "preemptions": max(row["num_preemptions"] for row in found),
+            "seeded": any(row["seeded"] for row in found),
         }
         for field in ("seconds", "tokens_per_s", "decode_tokens_per_s"):
             values = [row[field] for row in found]

@@ -51,18 +51,37 @@ class SampledText(str):
         return self.finish_reason == "length"
 
 
-def sample_seed(run_seed: int, problem: str, index: int) -> int:
-    """Return the seed of one sample: reproducible, and different for every sample of a run.
+#: Fields of config.json that tell runs of one run seed apart: they do not share seeds of samples.
+#: All of them are known to an lm-eval run too, so that it draws what the store draws.
+SEED_FIELDS = ("model_id", "temperature", "top_p", "max_tokens", "regime")
+
+
+def run_key(config: Mapping[str, Any]) -> str:
+    """Return what the seeds of a run's samples depend on besides run seed, problem and index.
+
+    Args:
+        config: config.json. ``seed_fields`` names the fields, so that a run goes on as it began;
+            runs of earlier versions name none.
+    """
+    fields = config.get("seed_fields", ())
+    return json.dumps([config[name] for name in fields]) if fields else ""
+
+
+def sample_seed(run_seed: int, problem: str, index: int, run: str = "") -> int:
+    """Return the seed of one sample: reproducible, and different for every sample of every run.
 
     Args:
         run_seed: the seed of the whole run.
         problem: a name of the problem that does not depend on which others are in the run.
         index: the sample's number within the problem.
+        run: that of `run_key`.
 
     Returns:
         A non-negative integer below 2**63.
     """
     key = f"{run_seed}\x1f{problem}\x1f{index}".encode()
+    if run:
+        key += f"\x1f{run}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
 
@@ -79,7 +98,8 @@ class SampleRecord:
 
     problem_id: str
     sample_index: int
-    seed: int
+    seed: int | None
+    """None: drawn without one, from the engine's own random numbers."""
     text: str
     num_tokens: int
     """Generated tokens, the end-of-sequence token included."""
@@ -158,7 +178,7 @@ _NUMBER = (int, float)
 _SAMPLE_FIELDS: dict[str, tuple[type, ...]] = {
     "problem_id": (str,),
     "sample_index": (int,),
-    "seed": (int,),
+    "seed": (int, NoneType),
     "text": (str,),
     "num_tokens": (int,),
     "num_prompt_tokens": (int,),
@@ -231,6 +251,8 @@ class SampleStore:
         self._have: dict[str, set[int]] = {}
         self.config_hash = ""
         """That of the settings it was opened with."""
+        self.run_key = ""
+        """That of the settings with which the run began; see `run_key`."""
         self.dropped_bytes = 0
         """Length of the torn line that `open` cut off."""
 
@@ -436,6 +458,7 @@ class SampleStore:
             }
             config = stored | wanted
         self.config_hash = config["config_hash"]
+        self.run_key = run_key(config)
         write_atomically(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
     def _has_samples(self) -> bool:

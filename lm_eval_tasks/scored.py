@@ -42,6 +42,10 @@ class ScoredSample:
     sample_index: int = 0
     reward_s: float | None = None
     """The reward model's seconds on this sample; None where it did not read it."""
+    reward_tokens: int | None = None
+    """Tokens that the reward model read; None where that is not known."""
+    measured_reward_s: float | None = None
+    """The measured seconds, where ``reward_s`` is a price per token (`lm_eval_tasks.analysis`)."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class ScoredRun:
     num_distinct_texts: int
     """Different texts, those of different problems counted apart."""
     occupancy: Occupancy
+    reward_hash: str | None = None
+    """Of the reward whose scores these are; None without one."""
 
 
 def load_scored(
@@ -136,9 +142,12 @@ def load_scored_run(
                     is_truncated=record.is_truncated,
                     sample_index=record.sample_index,
                     reward_s=score.seconds if score else None,
+                    reward_tokens=score.num_tokens if score else None,
                 )
             )
-    return ScoredRun(samples, records, len(texts), occupancy)
+    # All scores of a file have one hash; see `read_scores`.
+    reward_hash = next((score.reward_hash for score in scores.values()), None)
+    return ScoredRun(samples, records, len(texts), occupancy, reward_hash)
 
 
 def finish_times(samples: Iterable[SampleRecord], regime: str) -> dict[tuple[str, int], float]:

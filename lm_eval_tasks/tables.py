@@ -103,8 +103,13 @@ def what_was_run(regime: str, runs: Sequence[Mapping[str, Any]]) -> Table:
     rows = [row for row in rows if row[1] not in ("rounds", "caches") or row[1] in facts[0]]
     if any("reward_s_per_sample" in fact for fact in facts):
         rows.append(("reward model seconds per sample", "reward_s_per_sample", _number))
+    is_pooled = any(fact.get("measured_reward_s_per_sample") is not None for fact in facts)
+    if is_pooled:
+        rows.append(("the same as measured", "measured_reward_s_per_sample", _number))
     if any(fact["resumed_problems"] for fact in facts) and regime == "latency":
         rows.append(("problems drawn at more than one load", "resumed_problems", str))
+    if all("seed" in fact for fact in facts):
+        rows.insert(3, ("seed of the samples", "seed", _seed))
     cells = []
     for title, key, form in rows:
         if key:
@@ -118,6 +123,22 @@ def what_was_run(regime: str, runs: Sequence[Mapping[str, Any]]) -> Table:
     notes = ["Effective batch size: samples being generated at once, averaged over time."]
     if not all(fact["has_first_tokens"] for fact in facts):
         notes.append("Where the server gave no first-token times it includes waiting samples.")
+    if any(fact.get("seed") is not None for fact in facts):
+        notes.append(
+            "vLLM draws samples that have seeds one by one, which takes the same time for every "
+            "model and brings their seconds closer together."
+        )
+    if is_pooled:
+        notes.append(
+            "Reward model seconds: one price per token that it read, from all runs together; it "
+            "read them one after another, and what the machine did meanwhile is no difference "
+            "between them."
+        )
+    elif any(fact.get("reward_s_per_sample") is not None for fact in facts):
+        notes.append(
+            "Reward model seconds are as measured, one run after another: they differ by what the "
+            "machine did meanwhile, too."
+        )
     if any(fact["distinct_texts"] < 0.5 for fact in facts):
         notes.append("Many equal texts: are the samples copies (seeds, temperature)?")
     sizes = [cache["bytes"] for fact in facts for cache in fact.get("caches", [])]
@@ -140,6 +161,10 @@ def _caches(caches: Sequence[Mapping[str, Any]]) -> str:
         size = "bytes unknown" if one["bytes"] is None else f"{one['bytes'] / 2**20:,.1f} MiB"
         texts.append(f"{one['num_blocks']:,} blocks of {one['block_size']} tokens, {size}")
     return " or ".join(texts) or "unknown"
+
+
+def _seed(seed: int | None) -> str:
+    return "none: drawn without seeds" if seed is None else str(seed)
 
 
 def _metrics(group: dict[str, Any], level: float) -> Table:
@@ -311,7 +336,7 @@ def _throughput(group: dict[str, Any]) -> Table:
             preemptions = str(row["preemptions"])
             rows.append([run["name"], str(row["batch_size"]), rounds, *cells, preemptions])
             lengths = f"{row['num_prompt_tokens']} prompt and {row['num_tokens']} new tokens"
-            notes.add(f"{lengths} per sequence.")
+            notes.add(f"{lengths} per sequence{', drawn with seeds' if row.get('seeded') else ''}.")
     header = ["run", "sequences", "rounds", "seconds", "tokens/s", "decoding tokens/s"]
     note = "Median over rounds; in brackets the timing spread, least to most over rounds."
     return Table(

@@ -3,7 +3,8 @@
 A batch of b sequences with prompts of one length generates a fixed number of tokens each, whatever
 it says, and nothing else runs. The prefix cache is emptied first, so the prefill is paid. The
 engine is the one that drew the samples before (``thinkfast-eval sample --batch-sizes``) and is
-warmed up at every batch size; that is not timed.
+warmed up at every batch size; that is not timed. The sequences have no seeds: vLLM draws seeded
+ones row by row, which would bring the speeds of all models closer together.
 """
 
 import random
@@ -16,6 +17,8 @@ from typing import Any
 
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.jsonl import JsonLines
+from lm_eval_tasks.sampling.backend import BackendError
+from lm_eval_tasks.sampling.vllm_backend import empty_prefix_cache, failures_of_vllm
 
 THROUGHPUT = "throughput.jsonl"
 _WARM_UP_TOKENS = 2
@@ -29,6 +32,7 @@ _FIELDS = {
     "tokens_per_s": float,
     "decode_tokens_per_s": float,
     "num_preemptions": int,
+    "seeded": bool,
     "config_hash": str,
     "started": str,
 }
@@ -43,11 +47,14 @@ def read_throughput(folder: Path) -> list[dict[str, Any]]:
     seen: set[tuple[int, int]] = set()
 
     def parse(row: dict[str, Any]) -> dict[str, Any]:
-        if set(row) != set(_FIELDS):
+        if row.keys() | {"seeded"} != _FIELDS.keys():
             raise ValueError(f"fields are {sorted(row)}; need {sorted(_FIELDS)}")
+        row = {"seeded": True} | row  # earlier versions gave each sequence a seed
         for field, kind in _FIELDS.items():
             accepted = (int, float) if kind is float else (kind,)
-            if not isinstance(row[field], accepted) or isinstance(row[field], bool):
+            if not isinstance(row[field], accepted) or isinstance(row[field], bool) != (
+                kind is bool
+            ):
                 raise ValueError(f"{field} is {row[field]!r}; need {kind.__name__}")
         key = (row["round"], row["batch_size"])
         if key in seen:
@@ -69,13 +76,15 @@ def time_batch(backend: Any, prompts: Sequence[Sequence[int]], num_tokens: int) 
     Returns:
         ``seconds`` from the first submission to the last token, ``prefill_s`` until every sequence
         has its first token, ``tokens_per_s`` over all, ``decode_tokens_per_s`` after the prefill.
+
+    Raises:
+        BackendError: the engine broke down.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     engine = backend.engine
-    if not engine.reset_prefix_cache():
-        raise RuntimeError("vLLM did not empty its prefix cache before the measurement")
+    empty_prefix_cache(engine)
     rendered = engine.renderer.render_cmpl([{"prompt_token_ids": list(ids)} for ids in prompts])
     preempted = backend.tap.num_preemptions
     started = time.monotonic()
@@ -84,15 +93,16 @@ def time_batch(backend: Any, prompts: Sequence[Sequence[int]], num_tokens: int) 
             max_tokens=num_tokens,
             ignore_eos=True,
             temperature=1.0,
-            seed=number,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-        engine.add_request(f"throughput-{number}", prompt, params)
+        with failures_of_vllm():
+            engine.add_request(f"throughput-{number}", prompt, params)
     counts: list[tuple[float, int]] = []
     last_first = started
     while engine.has_unfinished_requests():
-        outputs = engine.step()
+        with failures_of_vllm():
+            outputs = engine.step()
         new = sum(len(output.outputs[0].token_ids) for output in outputs)
         counts.append((time.monotonic(), new))
         first = [output.metrics.first_token_ts for output in outputs if output.metrics is not None]
@@ -172,7 +182,7 @@ def measure(
         num_tokens: generated for each.
 
     Raises:
-        InputError: the disk is full; what was measured before is kept.
+        InputError: the engine broke down, or the disk is full; what was measured before is kept.
     """
     vocabulary = backend.engine.model_config.get_vocab_size()
     with JsonLines(folder / THROUGHPUT) as lines:
@@ -182,15 +192,22 @@ def measure(
                 [generator.randrange(vocabulary) for _ in range(num_prompt_tokens)]
                 for _ in range(batch_size)
             ]
-            time_batch(backend, prompts, min(num_tokens, _WARM_UP_TOKENS))
-            started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            timed = time_batch(backend, prompts, num_tokens)
+            try:
+                time_batch(backend, prompts, min(num_tokens, _WARM_UP_TOKENS))
+                started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+                timed = time_batch(backend, prompts, num_tokens)
+            except BackendError as error:
+                stop(
+                    f"{error} while the speed of {batch_size} sequences was measured; samples and "
+                    "earlier measurements are stored, the same command goes on from there"
+                )
             lines.append(
                 {
                     "round": round_number,
                     "batch_size": batch_size,
                     "num_prompt_tokens": num_prompt_tokens,
                     "num_tokens": num_tokens,
+                    "seeded": False,
                     "config_hash": config_hash,
                     "started": started,
                 }

@@ -18,7 +18,8 @@ from typing import Any
 from lm_eval.api.instance import Instance
 
 from lm_eval_tasks.errors import stop
-from lm_eval_tasks.samples import SampledText, sample_seed
+from lm_eval_tasks.samples import SEED_FIELDS, SampledText, run_key, sample_seed
+from lm_eval_tasks.sampling.environment import model_id
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ def sample_with_vllm(lm: Any, requests: Sequence[SampleRequest]) -> list[Sampled
     from vllm import SamplingParams
 
     texts = list(dict.fromkeys(request.args[0] for request in requests))
+    model = model_id(lm.model_args["model"], lm.model_args.get("revision"))
     tokens = dict(zip(texts, lm.tok_encode(texts), strict=True))
     eos = lm.tokenizer.decode(lm.eot_token_id) or lm.tokenizer.eos_token
     seen: Counter[int] = Counter()
@@ -103,7 +105,16 @@ def sample_with_vllm(lm: Any, requests: Sequence[SampleRequest]) -> list[Sampled
         run_seed = int(lm.model_args["seed"] if run_seed is None else run_seed)
         index = seen[id(request)]
         seen[id(request)] += 1
-        seed = None if run_seed == -1 else sample_seed(run_seed, request.problem, index)
+        run = {
+            "model_id": model,
+            "temperature": float(settings.get("temperature", 1.0)),
+            "top_p": float(settings.get("top_p", 1.0)),
+            "max_tokens": int(max_tokens),
+            "regime": "saturated",
+            "seed_fields": SEED_FIELDS,
+        }
+        problem = request.problem
+        seed = None if run_seed == -1 else sample_seed(run_seed, problem, index, run_key(run))
         # A thinking model's task-level stop strings apply after its thinking, as in lm-eval.
         stop_now = [s for s in until if s == eos] if lm.think_end_token else until
         settings |= {"max_tokens": min(max_tokens, room), "stop": stop_now, "seed": seed}

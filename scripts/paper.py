@@ -68,6 +68,8 @@ def compare_arguments(options: argparse.Namespace) -> list[str]:
     arguments += ["--latency-limit", str(options.latency_problems)]
     if options.rounds is not None:
         arguments += ["--rounds", str(options.rounds)]
+    if options.seed is not None:
+        arguments += ["--seed", str(options.seed)]
     arguments += ["--batch-sizes", *map(str, options.batch_sizes)]
     arguments += ["--speed-tokens", "64", "128"]
     arguments += ["--reward-model", _shown(options.reward), "--reward-time"]
@@ -155,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, help="in which the models take turns (3)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES, metavar="B")
     parser.add_argument("--results", type=Path, help="also copy the report here (docs/results/...)")
+    parser.add_argument("--seed", type=int, help="draw samples that can be drawn again (without)")
     options = parser.parse_args(arguments)
     started = time.monotonic()
     options.out, options.models = options.out.resolve(), options.models.resolve()

@@ -23,6 +23,11 @@ _DEFAULT_ERRORS = [0.2, 0.1, 0.05, 0.01, 0.0]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="scored run folders")
+    parser.epilog = (
+        "A replay: thinkfast-eval sample draws N samples of every problem and does not stop "
+        "early, because the estimates over subsets need samples whose number does not depend on "
+        "their answers."
+    )
     parser.add_argument(
         "--error",
         type=float,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lm_eval_tasks.commands.report import add_analysis_arguments, settings_of
-from lm_eval_tasks.commands.sample import add_speed_arguments
+from lm_eval_tasks.commands.sample import UNSEEDED, add_speed_arguments
 from lm_eval_tasks.compare import PLAN, Model, Plan, parse_model, run_plan
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.jsonl import read_object
@@ -67,7 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--temperature", type=float)
     how.add_argument("--top-p", type=float)
     how.add_argument("--max-tokens", type=int)
-    how.add_argument("--seed", type=int)
+    how.add_argument(
+        "--seed",
+        type=int,
+        help="of the runs: their samples can be drawn again, at the price of speeds that lie "
+        "closer together (-1: without seeds; a folder goes on as it began)",
+    )
     how.add_argument("--data-file")
     how.add_argument("--chat-template", choices=("auto", "off"))
     how.add_argument("--engine-args", nargs="+", default=[], metavar="KEY=VALUE")
@@ -162,6 +167,8 @@ def _plan(options: argparse.Namespace) -> Plan:
             f"--rounds {rounds}: more than the {count} problems to divide; give --rounds {count} "
             "or fewer"
         )
+    if options.seed is None and not _began_with_seeds(options.out):
+        options.seed = UNSEEDED
     sampling: list[str] = []
     for name in _PASSED_ON:
         value = getattr(options, name)
@@ -219,6 +226,12 @@ def _number(value: str | None) -> float | str | None:
         return None if value is None else float(value)
     except ValueError:
         return value
+
+
+def _began_with_seeds(folder: Path) -> bool:
+    """Whether a comparison without ``--seed`` of an earlier version began here: it had seeds."""
+    path = folder / PLAN
+    return path.exists() and "--seed" not in read_object(path).get("sampling", ["--seed"])
 
 
 def _num_problems(options: argparse.Namespace, model: Model) -> dict[str, int]:

@@ -8,15 +8,17 @@ samples of other settings.
 import argparse
 import json
 import os
+import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from lm_eval_tasks.errors import stop
-from lm_eval_tasks.samples import SampleStore, config_hash
+from lm_eval_tasks.samples import SEED_FIELDS, SampleStore, config_hash
 from lm_eval_tasks.sampling.backend import Backend, SamplingSettings
 from lm_eval_tasks.sampling.openai_backend import APIS
 from lm_eval_tasks.sampling.problems import TaskProblems, load_problems, task_names
@@ -24,6 +26,8 @@ from lm_eval_tasks.sampling.runner import REGIMES, draw_session
 from lm_eval_tasks.throughput import check_fits, measure, missing_batch_sizes
 
 DEFAULT_NUM_SAMPLES = 64
+UNSEEDED = -1
+"""Value of ``--seed`` that draws without seeds, as in lm-eval and vLLM."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--temperature", type=float)
     how.add_argument("--top-p", type=float)
     how.add_argument("--max-tokens", type=int, help="longest sample")
-    how.add_argument("--seed", type=int, default=1234, help="of the run (%(default)s, as lm-eval)")
+    how.add_argument(
+        "--seed",
+        type=int,
+        default=1234,
+        help="of the run (%(default)s, as lm-eval); -1 draws without seeds: the samples cannot be "
+        "drawn again, but vLLM draws a whole batch at once, which is what a timing should see",
+    )
     how.add_argument(
         "--regime",
         choices=REGIMES,
@@ -147,6 +157,12 @@ def run(options: argparse.Namespace) -> int:
         chat_template=options.chat_template,
         messages=bool(options.server) and options.api == "chat",
     )
+    if template_args and task.prompt["chat_template_applied_by"] == "nobody":
+        stop(
+            f"--chat-template-args {' '.join(options.chat_template_args)}: no chat template is "
+            "applied to these prompts; leave them out, or name a tokenizer that has one with "
+            "--tokenizer"
+        )
     settings = _settings(options, task)
     config = _config(options, task, settings, engine_args)
     if options.dry_run:
@@ -159,6 +175,7 @@ def run(options: argparse.Namespace) -> int:
             _say(f"{folder}: cut off a torn last line of {store.dropped_bytes} bytes")
         have = store.have()
         wanted = range(options.num_samples)
+        settings = replace(settings, run_key=store.run_key)
         missing = sum(
             len(set(wanted) - have.get(problem.problem_id, set())) for problem in problems
         )
@@ -170,7 +187,9 @@ def run(options: argparse.Namespace) -> int:
                 _print_json({"folder": str(folder), "drawn": 0})
             return 0
         _warn_of_changes(store, config)
-        backend = _start(options, engine_args)
+        seed = _engine_seed(store) if settings.seed is None else None
+        own_seed = {} if seed is None else {"seed": seed}
+        backend = _start(options, engine_args | own_seed, template_args)
         facts: dict[str, Any] = {"drawn": 0}
         try:
             startup_s = time.monotonic() - started
@@ -186,7 +205,8 @@ def run(options: argparse.Namespace) -> int:
                     regime=options.regime,
                     session_facts={"startup_s": startup_s}
                     | {n: config[n] for n in ("command", "versions", "hardware", "git_commit")}
-                    | {"started": _now(), "limit": options.limit},
+                    | {"started": _now(), "limit": options.limit}
+                    | ({} if seed is None else {"engine_seed": seed}),
                     stream=sys.stderr,
                 )
             if sizes:
@@ -223,7 +243,7 @@ def _check(options: argparse.Namespace) -> None:
         ("--max-tokens", options.max_tokens, 1),
         ("--max-in-flight", options.max_in_flight, 1),
         ("--max-retries", options.max_retries, 0),
-        ("--seed", options.seed, 0),
+        ("--seed", options.seed, -1),
         ("--speed-round", options.speed_round, 0),
         *(("--batch-sizes", size, 1) for size in options.batch_sizes),
         *(("--speed-tokens", count, 1) for count in options.speed_tokens),
@@ -243,7 +263,19 @@ def _check(options: argparse.Namespace) -> None:
         stop(f"--timeout {options.timeout}: need more than 0 seconds")
     if options.data_file is not None and not Path(options.data_file).is_file():
         stop(f"--data-file {options.data_file}: there is no such file")
+    if options.seed == UNSEEDED and any(
+        pair.partition("=")[0].strip() == "seed" for pair in options.engine_args
+    ):
+        stop(
+            "--engine-args seed=...: with --seed -1 the engine gets another seed in every session, "
+            "so that none repeats the random numbers of an earlier one; leave it out"
+        )
     if options.server:
+        if options.seed == UNSEEDED:
+            stop(
+                "--seed -1: a server may repeat its random numbers after a restart, and samples "
+                "would be drawn twice; give a --seed of 0 or more with --server"
+            )
         if not options.server.startswith(("http://", "https://")):
             stop(f"--server {options.server}: need a URL such as http://localhost:8000/v1")
         if options.batch_sizes:
@@ -299,7 +331,7 @@ def _settings(options: argparse.Namespace, task: TaskProblems) -> SamplingSettin
         temperature=float(chosen("temperature")),
         top_p=float(chosen("top_p")),
         max_tokens=int(chosen("max_tokens")),
-        seed=options.seed,
+        seed=None if options.seed == UNSEEDED else options.seed,
         stop=task.stop,
     )
 
@@ -316,6 +348,9 @@ def _config(
     engine: dict[str, Any] = {"max_in_flight": options.max_in_flight}
     if options.server:
         engine |= {"backend": "server", "api": options.api}
+        if options.api == "chat" and options.chat_template_args:
+            # Runs of earlier versions name the variables in "prompt" and did not send them.
+            engine["chat_template_args"] = "sent"
         identity = f"server:{options.model}"
     else:
         engine |= {"backend": "vllm"} | dict(engine_args)
@@ -340,6 +375,7 @@ def _config(
         "top_p": settings.top_p,
         "max_tokens": settings.max_tokens,
         "seed": settings.seed,
+        "seed_fields": list(SEED_FIELDS),
         "regime": options.regime,
         "engine": engine,
         "versions": environment.versions(),
@@ -351,7 +387,9 @@ def _config(
     return config | {"config_hash": config_hash(config)}
 
 
-def _start(options: argparse.Namespace, engine_args: Mapping[str, Any]) -> Backend:
+def _start(
+    options: argparse.Namespace, engine_args: Mapping[str, Any], template_args: Mapping[str, Any]
+) -> Backend:
     """Connect to the server or load the model."""
     if options.server:
         from lm_eval_tasks.sampling.openai_backend import OpenAIBackend, ServerOptions
@@ -360,6 +398,7 @@ def _start(options: argparse.Namespace, engine_args: Mapping[str, Any]) -> Backe
             url=options.server,
             model=options.model,
             api=options.api,
+            chat_template_args=template_args if options.api == "chat" else {},
             api_key=os.environ.get(options.api_key_env),
             max_retries=options.max_retries,
             timeout_s=options.timeout,
@@ -380,6 +419,18 @@ def _start(options: argparse.Namespace, engine_args: Mapping[str, Any]) -> Backe
     if options.trust_remote_code:
         extra["trust_remote_code"] = True
     return start_vllm(options.model, extra | dict(engine_args), options.max_in_flight)
+
+
+def _engine_seed(store: SampleStore) -> int:
+    """Return a seed for an engine that draws without seeds: another one in every run and session.
+
+    With vLLM's default of 0, or any fixed one, a resumed session would begin with the random
+    numbers with which the first one began, and draw some of its samples again.
+    """
+    used = {session.get("engine_seed") for session in store.sessions()}
+    while (seed := secrets.randbits(31)) in used:
+        pass
+    return seed
 
 
 def _tokenizer(options: argparse.Namespace) -> Any:

@@ -150,6 +150,7 @@ class ScorePhase:
                 seconds=round(seconds * num_tokens / total, 6),
                 reward_hash=self.reward_hash,
                 unscored=scored.unscored,
+                num_tokens=num_tokens,
             )
             yield record, num_tokens
 

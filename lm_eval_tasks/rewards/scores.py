@@ -17,7 +17,15 @@ from lm_eval_tasks.rewards.aggregation import aggregate
 #: Why a sample has no step scores: its text has no step, or its tokens exceed the model's length.
 Unscored = Literal["empty", "too_long"]
 
-_FIELDS = ("problem_id", "sample_index", "step_scores", "seconds", "reward_hash", "unscored")
+_FIELDS = (
+    "problem_id",
+    "sample_index",
+    "step_scores",
+    "seconds",
+    "reward_hash",
+    "unscored",
+    "num_tokens",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +41,8 @@ class ScoreRecord:
     reward_hash: str
     """Of everything that decides what the scores mean; see `RewardSpec.hash`."""
     unscored: Unscored | None = None
+    num_tokens: int | None = None
+    """Tokens that the reward model read; 0 without a score. None: of an earlier version."""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -54,8 +64,9 @@ class ScoreRecord:
         Raises:
             ValueError: a field is missing, unknown, or has a wrong type or value.
         """
-        if set(row) != set(_FIELDS):
+        if set(row) | {"num_tokens"} != set(_FIELDS):  # earlier versions did not write it
             raise ValueError(f"fields are {sorted(row)}; need {sorted(_FIELDS)}")
+        row = {"num_tokens": None} | dict(row)
         scores, seconds = row["step_scores"], row["seconds"]
         if not isinstance(row["problem_id"], str) or not isinstance(row["reward_hash"], str):
             raise ValueError("problem_id and reward_hash must be strings")
@@ -65,6 +76,9 @@ class ScoreRecord:
             raise ValueError(f"step_scores is {scores!r}; need a list of numbers from 0 to 1")
         if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
             raise ValueError(f"seconds is {seconds!r}; need a finite number, 0 or more")
+        tokens = row["num_tokens"]
+        if tokens is not None and (not isinstance(tokens, int) or tokens < 0):
+            raise ValueError(f"num_tokens is {tokens!r}; need a whole number, 0 or more, or null")
         if row["unscored"] not in (None, *get_args(Unscored)):
             raise ValueError(f"unscored is {row['unscored']!r}; need null or {get_args(Unscored)}")
         if bool(scores) == (row["unscored"] is not None):

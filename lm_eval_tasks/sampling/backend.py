@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from lm_eval_tasks.samples import sample_seed
 from lm_eval_tasks.sampling.problems import Problem
 
 
@@ -14,10 +15,18 @@ class SamplingSettings:
     temperature: float
     top_p: float
     max_tokens: int
-    seed: int
-    """Of the run; each sample has its own, see `lm_eval_tasks.samples.sample_seed`."""
+    seed: int | None
+    """Of the run; each sample has its own, see `seed_of`. None draws without seeds."""
     stop: tuple[str, ...] = ()
     """Strings that end a sample besides the model's end-of-sequence token."""
+    run_key: str = ""
+    """What tells the run from others with its seed; see `lm_eval_tasks.samples.run_key`."""
+
+    def seed_of(self, problem_id: str, index: int) -> int | None:
+        """Return the seed of one sample; None where the run has none."""
+        if self.seed is None:
+            return None
+        return sample_seed(self.seed, problem_id, index, self.run_key)
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,7 @@ class DrawRequest:
 
     problem: Problem
     sample_index: int
-    seed: int
+    seed: int | None
 
 
 @dataclass(frozen=True)

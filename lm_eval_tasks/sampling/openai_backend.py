@@ -14,7 +14,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +50,8 @@ class ServerOptions:
     """Name under which the server knows the model."""
     api: str = "chat"
     """"chat" lets the server apply the chat template, "completions" sends the prompt as it is."""
+    chat_template_args: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the server's chat template; empty for "completions"."""
     api_key: str | None = field(default=None, repr=False)
     max_retries: int = 8
     """Attempts after the first one, per sample."""
@@ -210,8 +212,9 @@ class OpenAIBackend:
         else:
             self._finished.put(drawn)
 
-    def _body(self, prompt: Any, seed: int, max_tokens: int) -> dict[str, Any]:
+    def _body(self, prompt: Any, seed: int | None, max_tokens: int) -> dict[str, Any]:
         assert self._settings is not None
+        assert seed is not None, "refused before: a server's random numbers are not ours"
         body = {
             "model": self.options.model,
             "messages" if self.options.api == "chat" else "prompt": prompt,
@@ -224,6 +227,9 @@ class OpenAIBackend:
         }
         if self._settings.stop:
             body["stop"] = list(self._settings.stop)
+        if self.options.chat_template_args:
+            # The name of vLLM and SGLang; a server that does not know it refuses or ignores it.
+            body["chat_template_kwargs"] = dict(self.options.chat_template_args)
         return body
 
     async def _with_retries(self, body: dict[str, Any], what: str) -> "_Answer":

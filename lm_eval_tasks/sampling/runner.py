@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, TextIO
 
 from lm_eval_tasks.errors import stop
-from lm_eval_tasks.samples import SampleRecord, SampleStore, sample_seed
+from lm_eval_tasks.samples import SampleRecord, SampleStore
 from lm_eval_tasks.sampling.backend import (
     Backend,
     BackendError,
@@ -34,7 +34,7 @@ def missing_samples(
     problems: Sequence[Problem],
     num_samples: int,
     have: Mapping[str, Set[int]],
-    seed: int,
+    settings: SamplingSettings,
     regime: str,
 ) -> Iterator[DrawRequest]:
     """Yield the requests that are still to be drawn, in the order of their submission.
@@ -43,7 +43,7 @@ def missing_samples(
         problems: in data set order.
         num_samples: N, of every problem.
         have: indices of the samples that exist; read as the iteration proceeds.
-        seed: of the run.
+        settings: of the run; they give each sample its seed, or none.
         regime: see the module.
     """
     if regime == "latency":
@@ -52,14 +52,14 @@ def missing_samples(
         order = (
             (problem, index)
             for index in range(num_samples)
-            for problem in _shuffled(problems, seed, index)
+            for problem in _shuffled(problems, settings.seed, index)
         )
     for problem, index in order:
         if index not in have.get(problem.problem_id, ()):
-            yield DrawRequest(problem, index, sample_seed(seed, problem.problem_id, index))
+            yield DrawRequest(problem, index, settings.seed_of(problem.problem_id, index))
 
 
-def _shuffled(problems: Sequence[Problem], seed: int, round_index: int) -> list[Problem]:
+def _shuffled(problems: Sequence[Problem], seed: int | None, round_index: int) -> list[Problem]:
     shuffled = list(problems)
     random.Random(f"{seed}/{round_index}").shuffle(shuffled)
     return shuffled
@@ -118,7 +118,7 @@ def draw_session(
         ]
     store.append_session(facts)
     drawing = _Session(store, backend, session, Progress(total, done, stream))
-    requests = missing_samples(problems, num_samples, have, settings.seed, regime)
+    requests = missing_samples(problems, num_samples, have, settings, regime)
     return facts | drawing.run(requests, is_latency=regime == "latency")
 
 

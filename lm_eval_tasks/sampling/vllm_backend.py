@@ -10,7 +10,8 @@ import dataclasses
 import difflib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lm_eval_tasks.errors import InputError, stop
@@ -20,6 +21,31 @@ from lm_eval_tasks.sampling.problems import Problem, encode_prompts
 logger = logging.getLogger(__name__)
 
 _WARM_UP_TOKENS = 16
+
+
+@contextmanager
+def failures_of_vllm() -> Iterator[None]:
+    """Turn whatever vLLM raises (out of memory, a dead engine) into a `BackendError`."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BackendError(f"vLLM stopped ({type(error).__name__}: {reason})") from error
+
+
+def empty_prefix_cache(engine: Any) -> None:
+    """Forget all prompts, so that the next ones pay for their prefill.
+
+    Raises:
+        BackendError: vLLM did not do it.
+    """
+    with failures_of_vllm():
+        is_empty = engine.reset_prefix_cache()
+    if not is_empty:
+        raise BackendError(
+            "vLLM did not empty its prefix cache, and prompts would be timed without their "
+            "prefill; try --engine-args enable_prefix_caching=false"
+        )
 
 
 class EngineTap:
@@ -144,22 +170,28 @@ class VllmBackend:
         for number in range(min(num_samples, self.max_num_seqs)):
             params = self._params[problem_id].clone()
             params.max_tokens = min(params.max_tokens, 1 + number % _WARM_UP_TOKENS)
-            self.engine.add_request(f"warm-up-{number}", prompt, params)
+            with failures_of_vllm():
+                self.engine.add_request(f"warm-up-{number}", prompt, params)
         while self.engine.has_unfinished_requests():
             self._step()
-        if not self.engine.reset_prefix_cache():
-            raise RuntimeError("vLLM did not empty its prefix cache after the warm-up")
+        empty_prefix_cache(self.engine)
         if self.tap is not None:
             self.tap.reset()
 
     def submit(self, request: DrawRequest) -> None:
-        """See the protocol."""
+        """See the protocol.
+
+        Raises:
+            BackendError: vLLM does not take it.
+        """
         problem_id = request.problem.problem_id
         params = self._params[problem_id].clone()
         params.seed = request.seed
         name = f"{problem_id}#{request.sample_index}"
-        self._waiting[name] = (request, time.monotonic())
-        self.engine.add_request(name, self._prompts[problem_id], params)
+        submitted_at = time.monotonic()
+        with failures_of_vllm():
+            self.engine.add_request(name, self._prompts[problem_id], params)
+        self._waiting[name] = (request, submitted_at)
 
     def wait(self) -> list[Drawn]:
         """Run one step of the engine; see the protocol."""
@@ -193,11 +225,8 @@ class VllmBackend:
         return finished
 
     def _step(self) -> list[Any]:
-        try:
+        with failures_of_vllm():
             outputs: list[Any] = self.engine.step()
-        except Exception as error:
-            # Whatever it was (out of memory, a dead engine process): the samples are safe.
-            raise BackendError(f"vLLM stopped ({type(error).__name__}: {error})") from error
         return outputs
 
     def facts(self) -> dict[str, Any]:

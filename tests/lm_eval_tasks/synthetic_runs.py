@@ -25,6 +25,7 @@ def make_run(
     reward_hash="r",
     slowness=(1.0,),
     sessions=(),
+    seed_of_run=1234,
     **config,
 ) -> Path:
     """Write a scored run folder.
@@ -48,7 +49,7 @@ def make_run(
         "temperature": 0.8,
         "top_p": 1.0,
         "max_tokens": 200,
-        "seed": 1234,
+        "seed": seed_of_run,
         "regime": regime,
         "engine": {"backend": "vllm", "max_in_flight": None, "max_num_seqs": slots},
         "num_samples": num_samples,
@@ -93,7 +94,7 @@ def make_run(
                 SampleRecord(
                     problem_id=name,
                     sample_index=index,
-                    seed=index,
+                    seed=None if seed_of_run is None else index,
                     text=f"sample {index}: {answer}",
                     num_tokens=length,
                     num_prompt_tokens=50,

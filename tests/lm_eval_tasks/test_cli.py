@@ -98,7 +98,13 @@ SERVER = ["--server", "http://localhost:1/v1"]
         (["--num-samples", "0"], "--num-samples 0: need a whole number of at least 1"),
         (["--limit", "-3"], "--limit -3: need"),
         (["--max-tokens", "0"], "--max-tokens 0: need"),
-        (["--seed", "-1"], "--seed -1: need"),
+        (["--seed", "-2"], "--seed -2: need a whole number of at least -1"),
+        (["--seed", "-1", "--engine-args", "seed=5"], "another seed in every session"),
+        ([*SERVER, "--seed", "-1"], "give a --seed of 0 or more with --server"),
+        (
+            [*SERVER, "--api", "completions", "--chat-template-args", "x=1"],
+            "--chat-template-args x=1: no chat template is applied",
+        ),
         (["--temperature", "-0.5"], "--temperature -0.5: need 0 or more"),
         (["--temperature", "nan"], "--temperature nan: need 0 or more"),
         (["--temperature", "0"], "draws the same text 64 times"),
@@ -187,7 +193,7 @@ def test_module_can_be_run() -> None:
             "m",
             "--task",
             "arith",
-            "--seed=-1",
+            "--seed=-2",
         ],
         capture_output=True,
         text=True,
@@ -195,4 +201,4 @@ def test_module_can_be_run() -> None:
         cwd=ROOT,
     )
     assert done.returncode == 2
-    assert done.stderr == "error: --seed -1: need a whole number of at least 0\n"
+    assert done.stderr == "error: --seed -2: need a whole number of at least -1\n"

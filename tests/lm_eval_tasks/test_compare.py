@@ -277,3 +277,23 @@ def test_compare_command_bad_input(tmp_path, capsys, arguments, message):
     assert message in error
     assert error.count("\n") == 1
     assert not out.exists()
+
+
+def test_timed_draws_have_no_seeds_unless_asked_for(tmp_path, monkeypatch, capsys):
+    """A comparison that an earlier version began goes on with the seeds it began with."""
+    out = tmp_path / "out"
+    command = ["compare", "--model", "x/a", "--model", "x/b", "--task", "arith", "--limit", "4"]
+    command += ["--num-samples", "4", "--out", str(out), "--dry-run"]
+
+    def lines(*more):
+        assert main([*command, *more]) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if " sample " in line]
+
+    assert all(" --seed -1" in line for line in lines())
+    assert all(" --seed 7" in line for line in lines("--seed", "7"))
+    monkeypatch.setattr(compare, "_run", FakeCommands())
+    run_plan(plan(out, sampling=[]))
+    assert not any("--seed" in line for line in lines())
+    run_plan(plan(tmp_path / "new", sampling=["--seed", "-1"]))
+    command[command.index(str(out))] = str(tmp_path / "new")
+    assert all(" --seed -1" in line for line in lines())

@@ -8,10 +8,11 @@ import re
 import pytest
 from synthetic_runs import make_run
 
-from lm_eval_tasks.analysis import Settings, load_run
+from lm_eval_tasks.analysis import Settings, analyse, load_run
 from lm_eval_tasks.cli import main
 from lm_eval_tasks.estimators import pass_at_k
 from lm_eval_tasks.scored import load_scored
+from lm_eval_tasks.tables import tables_of
 
 FAST = ["--draws", "100", "--orders", "8"]
 
@@ -78,6 +79,10 @@ def test_report_shows_what_lets_a_reader_doubt(report):
         "start-up and warm-up, excluded",
         "| cache for keys, values and states | unknown | unknown |",
         "| one round: no spread |",
+        "| seed of the samples | 1234 | 1234 |",
+        "vLLM draws samples that have seeds one by one",
+        "per sequence, drawn with seeds.",
+        "Reward model seconds are as measured, one run after another",
     ):
         assert needed in text, needed
     page = (report / "report.html").read_text()
@@ -260,3 +265,38 @@ def test_report_shows_the_front(tmp_path):
     (block,) = re.findall(r'id="points">(.*?)</script>', page, flags=re.DOTALL)
     fronts = [line["front"] for figure in json.loads(block) for line in figure["series"]]
     assert sum(map(sum, fronts)) == len(group["fronts"])
+
+
+def test_report_of_runs_without_seeds(tmp_path):
+    make_run(tmp_path / "a", seed_of_run=None)
+    make_run(tmp_path / "b", seed=2)
+    for names, is_equal in ((["a"], True), (["a", "b"], False)):
+        folders = [str(tmp_path / name) for name in names]
+        assert main(["report", *folders, "--out", str(tmp_path / "r"), *FAST, "--no-png"]) == 0
+        text = (tmp_path / "r" / "report.md").read_text()
+        assert "| seed of the samples | none: drawn without seeds |" in text
+        assert ("vLLM draws samples that have seeds" in text) != is_equal
+        assert ("| seed | b | 1234 |" in text) != is_equal, "not made under equal conditions"
+
+
+def test_reward_seconds_are_one_price_per_token(tmp_path):
+    """What the machine did while one run was read is no difference between the runs."""
+    for name, slower in (("a", 1.0), ("b", 3.0)):
+        make_run(tmp_path / name, reward="prm", num_problems=4)
+        path = tmp_path / name / "scores" / "prm.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for j, row in enumerate(rows):
+            row |= {"num_tokens": 10 + j, "seconds": slower * (10 + j) / 1000}
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = [load_run(tmp_path / name, Settings(reward="prm")) for name in ("a", "b")]
+    (group,) = analyse(runs, Settings(reward="prm", with_reward_time=True, draws=100, num_orders=8))
+    facts = [run["facts"] for run in group["runs"]]
+    tokens = 10 + 31 / 2
+    assert [fact["reward_s_per_sample"] for fact in facts] == pytest.approx([tokens * 0.002] * 2)
+    measured = [fact["measured_reward_s_per_sample"] for fact in facts]
+    assert measured == pytest.approx([tokens * 0.001, tokens * 0.003])
+    curves = [c for c in group["curves"] if c["method"] == "weighted_bon"]
+    assert curves[0]["y"] == curves[1]["y"], "equal samples, equal seconds"
+    shown = tables_of(group, 0.95)[0].markdown()
+    assert "| the same as measured | 0.0255 | 0.0765 |" in shown
+    assert "one price per token that it read" in shown

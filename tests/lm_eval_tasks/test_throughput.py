@@ -27,6 +27,7 @@ class ScriptedEngine:
         self.waiting = []
         self.running = {}
         self.log = []
+        self.seeds = set()
         self.model_config = SimpleNamespace(max_model_len=100, get_vocab_size=lambda: 50)
         self.renderer = SimpleNamespace(render_cmpl=list)
 
@@ -37,6 +38,7 @@ class ScriptedEngine:
     def add_request(self, name, prompt, params):
         self.log.append((len(prompt["prompt_token_ids"]), params.max_tokens, params.ignore_eos))
         self.waiting.append([name, params.max_tokens, None])
+        self.seeds.add(params.seed)
 
     def has_unfinished_requests(self):
         return bool(self.waiting or self.running)
@@ -101,6 +103,36 @@ def test_measure_stores_and_resumes(backend, tmp_path):
     rows = read_throughput(tmp_path)
     assert [(row["round"], row["batch_size"]) for row in rows] == [(0, 1), (0, 4), (1, 1), (1, 4)]
     assert rows[1]["seconds"] == 11
+    assert backend.engine.seeds == {None}, "vLLM draws seeded sequences row by row"
+    assert {row["seeded"] for row in rows} == {False}
+
+
+def test_speeds_of_earlier_versions_had_seeds(backend, tmp_path):
+    measure(backend, tmp_path, **options())
+    path = tmp_path / THROUGHPUT
+    path.write_text(path.read_text().replace('"seeded": false, ', ""))
+    assert [row["seeded"] for row in read_throughput(tmp_path)] == [True, True]
+
+
+@pytest.mark.parametrize("name", ["reset_prefix_cache", "add_request", "step"])
+def test_engine_that_breaks_down(backend, tmp_path, capsys, monkeypatch, name):
+    def fail(*_):
+        raise RuntimeError("out of\nmemory")
+
+    measure(backend, tmp_path, **options(batch_sizes=[1]))
+    monkeypatch.setattr(backend.engine, name, fail)
+    with pytest.raises(InputError):
+        measure(backend, tmp_path, **options(batch_sizes=[4]))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: vLLM stopped (RuntimeError: out of memory) while the speed of 4")
+    assert len(read_throughput(tmp_path)) == 1
+
+
+def test_prefix_cache_that_stays(backend, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(backend.engine, "reset_prefix_cache", lambda: False)
+    with pytest.raises(InputError):
+        measure(backend, tmp_path, **options())
+    assert "error: vLLM did not empty its prefix cache" in capsys.readouterr().err
 
 
 def test_check_fits(backend, capsys):

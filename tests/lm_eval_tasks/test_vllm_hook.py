@@ -10,10 +10,21 @@ import pytest
 from lm_eval.api.instance import Instance
 from scripted_lm import GSM8K_ROWS, ScriptedLM, evaluate, write_jsonl
 
-from lm_eval_tasks.samples import SampledText, sample_seed
+from lm_eval_tasks.samples import SEED_FIELDS, SampledText, run_key, sample_seed
 from lm_eval_tasks.vllm_hook import SampleRequest, install_vllm_hook
 
 ORIGINAL_TEXT = "by lm-eval"
+KEY = run_key(
+    {
+        "model_id": "some/model@main",
+        "temperature": 0.7,
+        "top_p": 1.0,
+        "max_tokens": 1024,
+        "regime": "saturated",
+        "seed_fields": list(SEED_FIELDS),
+    }
+)
+"""That of the store's run with the task's defaults."""
 
 
 @dataclass
@@ -38,7 +49,7 @@ class StandInVLLM(ScriptedLM):
     def __init__(self) -> None:
         super().__init__(lambda prompt, j: ORIGINAL_TEXT)
         self.batch_size: int | str = 1
-        self.model_args = {"seed": 1234}
+        self.model_args = {"seed": 1234, "model": "some/model"}
         self.tokenizer = SimpleNamespace(decode=lambda token: "</s>", eos_token="</s>")
         self.submissions: list[tuple[list[list[int]], list[Any], int | str]] = []
 
@@ -109,7 +120,7 @@ def test_one_submission_with_a_seed_per_sample(vllm_class: type[StandInVLLM], da
     assert batch_size == "auto"
     assert lm.batch_size == 1
     assert [p.seed for p in params] == [
-        sample_seed(1234, f"gsm8k/{i}", j) for i in range(3) for j in range(4)
+        sample_seed(1234, f"gsm8k/{i}", j, KEY) for i in range(3) for j in range(4)
     ]
     assert {p.stop[0] for p in params} == {"</s>"}
     assert {(p.temperature, p.top_p) for p in params} == {(0.7, 1.0)}

@@ -44,7 +44,9 @@ class ScriptedEngine:
     def wait(self) -> list[Drawn]:
         time.sleep(self.delay_s)
         request, submitted_at = self.waiting.pop(len(self.waiting) // 2)
-        chance = random.Random(f"{request.seed}/{self.skill}")
+        chance = random.Random()
+        if request.seed is not None:
+            chance.seed(f"{request.seed}/{self.skill}")
         gold = int(request.problem.gold)
         found = gold if chance.random() < self.skill else gold + chance.choice((-2, 1, 3))
         now = time.monotonic()

@@ -81,6 +81,8 @@ def test_scores_and_samples_without_one(
         ("b", 1): "too_long",
     }
     for (problem, index), record in records.items():
+        assert record.num_tokens is not None
+        assert (record.num_tokens > 0) == (record.unscored is None)
         if record.unscored is None:
             steps = split_steps(TEXTS[problem][index], "line")
             expected = rlhflow(reward_folders["prm-tiny"], f"question {problem}", steps)

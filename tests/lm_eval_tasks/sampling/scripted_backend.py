@@ -4,6 +4,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -62,13 +63,14 @@ class ScriptedBackend:
     @staticmethod
     def _drawn(request: DrawRequest, submitted_at: float) -> Drawn:
         now = time.monotonic()
+        seed = random.getrandbits(62) if request.seed is None else request.seed
         return Drawn(
             request=request,
-            text=f"{request.problem.prompt} -> {request.seed}",
-            num_tokens=request.seed % 50,
+            text=f"{request.problem.prompt} -> {seed}",
+            num_tokens=seed % 50,
             num_prompt_tokens=7,
             num_cached_tokens=3,
-            finish_reason="stop" if request.seed % 3 else "length",
+            finish_reason="stop" if seed % 3 else "length",
             submitted_at=submitted_at,
             first_token_at=(submitted_at + now) / 2,
             finished_at=now,
@@ -88,6 +90,7 @@ def draw(
     num_samples: int = 4,
     regime: str = "saturated",
     stream: TextIO = sys.stderr,
+    settings: SamplingSettings = SETTINGS,
 ) -> dict[str, Any]:
     """Draw what is missing in a folder, as the sample command does."""
     config = {name: f"some {name}" for name in HASHED_FIELDS} | {
@@ -101,7 +104,7 @@ def draw(
             store,
             backend,
             asked,
-            SETTINGS,
+            settings,
             num_samples=num_samples,
             regime=regime,
             session_facts={"startup_s": 0.0},
@@ -116,4 +119,5 @@ if __name__ == "__main__":
         num_problems=int(sys.argv[2]),
         num_samples=int(sys.argv[3]),
         regime=sys.argv[4],
+        settings=replace(SETTINGS, seed=None) if "unseeded" in sys.argv else SETTINGS,
     )

@@ -277,6 +277,17 @@ def test_command_survives_a_server_that_dies(
     assert content[0]["content"] in {p.question for p in SampleStore(tmp_path).problems()}
 
 
+def test_variables_of_the_chat_template_are_sent(tmp_path: Path) -> None:
+    with FakeServer() as server:
+        more = ("--chat-template-args", "date_string=2024-07-26", "enable_thinking=False")
+        assert main(command(server, tmp_path, *more)) == 0
+        sent = [body["chat_template_kwargs"] for body in server.bodies]
+    assert sent == [{"date_string": "2024-07-26", "enable_thinking": False}] * 20, "warm-up too"
+    config = SampleStore(tmp_path).config()
+    assert config["engine"]["chat_template_args"] == "sent"
+    assert config["prompt"]["chat_template_args"]["date_string"] == "2024-07-26"
+
+
 def test_command_reports_facts_as_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

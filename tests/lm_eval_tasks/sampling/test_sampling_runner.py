@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import scripted_backend
-from scripted_backend import ScriptedBackend, draw, problems
+from scripted_backend import SETTINGS, ScriptedBackend, draw, problems
 
 from lm_eval_tasks import jsonl
 from lm_eval_tasks.samples import SampleRecord, SampleStore, sample_seed
@@ -22,7 +22,7 @@ from lm_eval_tasks.sampling.progress import Progress
 from lm_eval_tasks.sampling.runner import missing_samples
 
 ROOT = Path(__file__).resolve().parents[3]
-Content = dict[tuple[str, int], tuple[int, str, int, str]]
+Content = dict[tuple[str, int], tuple[int | None, str, int, str]]
 
 
 def content(folder: Path) -> Content:
@@ -67,9 +67,9 @@ def test_saturated_order_is_sample_major_and_shuffled(tmp_path: Path) -> None:
 
 def test_saturated_order_does_not_depend_on_what_exists() -> None:
     asked = problems(10)
-    every = list(missing_samples(asked, 4, {}, 7, "saturated"))
+    every = list(missing_samples(asked, 4, {}, SETTINGS, "saturated"))
     have = {"t/3": {0, 2}, "t/9": {1}}
-    rest = list(missing_samples(asked, 4, have, 7, "saturated"))
+    rest = list(missing_samples(asked, 4, have, SETTINGS, "saturated"))
     assert rest == [r for r in every if r.sample_index not in have.get(r.problem.problem_id, ())]
 
 
@@ -135,14 +135,20 @@ def test_resumed_latency_problems_are_named(tmp_path: Path) -> None:
 # -- ends -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("regime", ["saturated", "latency"])
-def test_killed_again_and_again(tmp_path: Path, regime: str) -> None:
-    """kill -9 in the middle, three times, then to the end: the same samples, each once."""
+@pytest.mark.parametrize(
+    ("regime", "seeds"), [("saturated", "seeded"), ("latency", "seeded"), ("saturated", "unseeded")]
+)
+def test_killed_again_and_again(tmp_path: Path, regime: str, seeds: str) -> None:
+    """kill -9 in the middle, three times, then to the end: the same samples, each once.
+
+    Without seeds they cannot be the same, but what is stored stays and nothing is drawn twice.
+    """
     folder = tmp_path / "run"
     file = folder / "samples.jsonl"
-    command = [sys.executable, scripted_backend.__file__, str(folder), "25", "8", regime]
+    command = [sys.executable, scripted_backend.__file__, str(folder), "25", "8", regime, seeds]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     kept = 0
+    earlier: Content = {}
     for goal in (30, 75, 120):
         with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
             deadline = time.monotonic() + 60
@@ -153,13 +159,21 @@ def test_killed_again_and_again(tmp_path: Path, regime: str) -> None:
             process.send_signal(signal.SIGKILL)
         stored = content(folder)
         assert max(goal, kept) <= len(stored) < 200
-        kept = len(stored)
+        assert earlier.items() <= stored.items()
+        earlier, kept = stored, len(stored)
         with file.open("ab") as opened:
             opened.write(
                 b'{"problem_id": "t/0", "sam'
             )  # as if it had died in the middle of a write
     subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, check=True)
-    assert content(folder) == expected(25, 8)
+    found = content(folder)
+    assert earlier.items() <= found.items()
+    if seeds == "seeded":
+        assert found == expected(25, 8)
+    else:
+        assert found.keys() == expected(25, 8).keys()
+        assert {seed for seed, *_ in found.values()} == {None}
+        assert '"seed": null' in file.read_text()
     assert file.read_bytes().count(b"\n") == 200
     assert [s["session"] for s in SampleStore(folder).sessions()] == [0, 1, 2, 3]
 

@@ -1,5 +1,6 @@
 """vLLM in process: the same samples as lm-eval draws, times, kill -9 and resume."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,8 @@ import pytest
 from tiny_checkpoint import build_checkpoint
 
 from lm_eval_tasks.cli import main
-from lm_eval_tasks.samples import SampleStore, sample_seed
+from lm_eval_tasks.commands import sample as sample_command
+from lm_eval_tasks.samples import SEED_FIELDS, SampleStore, run_key, sample_seed
 from lm_eval_tasks.sampling import vllm_backend
 from lm_eval_tasks.sampling.vllm_backend import EngineTap, VllmBackend
 from lm_eval_tasks.throughput import read_throughput
@@ -54,10 +56,14 @@ def lm(checkpoint: str) -> Any:
 @pytest.fixture
 def run_folder(lm: Any, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Run the sample command with the shared engine in place of a new one; return its folder."""
+    import torch
+
     started: list[tuple[str, dict[str, Any]]] = []
 
     def start(model: str, engine_args: dict[str, Any], max_in_flight: int | None) -> VllmBackend:
-        started.append((model, engine_args))
+        given = dict(engine_args)
+        torch.manual_seed(given.pop("seed", 0))  # as an engine does when it starts
+        started.append((model, given))
         return VllmBackend(lm.model.llm_engine, None, max_in_flight)
 
     monkeypatch.setattr(vllm_backend, "start_vllm", start)
@@ -168,7 +174,9 @@ def test_same_samples_as_lm_eval_also_after_a_kill(
     assert len(records) == NUM_PROBLEMS * NUM_SAMPLES
     assert texts(store) == by_lm_eval
     assert [s["session"] for s in store.sessions()] == [0, 1]
-    assert all(r.seed == sample_seed(1234, r.problem_id, r.sample_index) for r in records)
+    key = run_key(store.config())
+    assert checkpoint not in key, "it tells models apart by their files, wherever they lie"
+    assert all(r.seed == sample_seed(1234, r.problem_id, r.sample_index, key) for r in records)
 
 
 @pytest.mark.engine
@@ -197,6 +205,80 @@ def test_latency_regime_more_samples_and_times(run_folder: Any) -> None:
     earliest = min(store.records(), key=lambda r: (r.session, r.submit_s))
     assert earliest.num_cached_tokens == 0
     assert second["cached_tokens"] > 0
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_sessions_without_seeds_do_not_repeat_random_numbers(
+    run_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def both_sessions(folder: Path) -> list[set[str]]:
+        few = ("--seed", "-1", "--limit", "1", "--num-samples")
+        run_folder(*few, "4", folder=folder)
+        store = run_folder(*few, "8", folder=folder)
+        records = list(store.records())
+        assert {r.seed for r in records} == {None}
+        assert sorted(r.sample_index for r in records) == list(range(8))
+        return [{r.text for r in records if r.session == number} for number in (0, 1)]
+
+    first, second = both_sessions(tmp_path / "a")
+    assert len(first | second) == 8
+    store = SampleStore(tmp_path / "a")
+    assert len({session["engine_seed"] for session in store.sessions()}) == 2
+    assert store.config()["seed"] is None
+    # What it guards against: an engine that starts with the seed it started with before.
+    monkeypatch.setattr(sample_command, "_engine_seed", lambda store: 0)
+    first, second = both_sessions(tmp_path / "b")
+    assert first == second
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_run_of_an_earlier_version_goes_on_with_its_seeds(run_folder: Any, tmp_path: Path) -> None:
+    few = ("--limit", "2", "--max-tokens", "4", "--num-samples")
+    folder = tmp_path / "old"
+    store = run_folder(*few, "1", folder=folder)
+    config = store.config()
+    assert config.pop("seed_fields") == list(SEED_FIELDS)
+    (folder / "config.json").write_text(json.dumps(config))
+    records = list(run_folder(*few, "3", folder=folder).records())
+    assert len(records) == 6
+    for record in records[2:]:
+        assert record.seed == sample_seed(1234, record.problem_id, record.sample_index)
+    assert "seed_fields" not in store.config()
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_vllm_that_refuses(
+    lm: Any, run_folder: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the warm-up, and when a request comes that it does not take: one line, nothing lost."""
+    engine = lm.model.llm_engine
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "reset_prefix_cache", lambda: False)
+        run_folder(code=2)
+    said = capsys.readouterr().err
+    assert "error: vLLM did not empty its prefix cache" in said
+    assert "nothing was drawn, 0 of 96 samples are stored" in said
+
+    add, names = engine.add_request, []
+
+    def refusing(name: str, *rest: Any) -> Any:
+        if not name.startswith("warm-up"):
+            names.append(name)
+        if len(names) > 20:
+            raise ValueError("no room\nfor it")
+        return add(name, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "add_request", refusing)
+        store = run_folder(code=2)
+    assert not engine.has_unfinished_requests()
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    stored = len(texts(store))
+    assert f"vLLM stopped (ValueError: no room for it); {stored} of 96 samples are stored" in said
+    assert 0 < stored < 21
 
 
 @pytest.mark.engine
