@@ -35,11 +35,13 @@ from lm_eval_tasks.curves import (
 )
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.estimators import bootstrap, reported_ks
+from lm_eval_tasks.provenance import CONDITIONS, read_grading, read_reward, values_of
 from lm_eval_tasks.rewards.scores import reward_names
 from lm_eval_tasks.samples import SampleStore
 from lm_eval_tasks.scored import ScoredSample, load_scored_run
 from lm_eval_tasks.scoring import ProblemScore, method_values
 from lm_eval_tasks.throughput import read_throughput
+from lm_eval_tasks.timing import caches_of, loads_of, rounds_of, slowness, timing_spread
 
 Floats = NDArray[np.float64]
 
@@ -84,6 +86,10 @@ class Run:
     occupancy: Occupancy
     facts: dict[str, Any]
     throughput: list[dict[str, Any]]
+    grading: list[dict[str, Any]]
+    """Lines of grading.jsonl: who judged the samples."""
+    reward: dict[str, Any] | None
+    """Which reward model made the scores, see `lm_eval_tasks.provenance.read_reward`."""
     reward_hash: str | None = None
 
     @property
@@ -120,13 +126,14 @@ def load_run(folder: Path, settings: Settings) -> Run:
     cached = [record.num_cached_tokens for record in records]
     known_cached = [count for count in cached if count is not None]
     counts = [len(drawn) for drawn in samples.values()]
+    costs = {(p, one.sample_index): one.cost_s for p, drawn in samples.items() for one in drawn}
     facts = {
         "num_problems": len(samples),
         "num_samples": len(flat),
         "seed": config["seed"],
         "fewest_samples": min(counts),
         "most_samples": max(counts),
-        "distinct_texts": len({(r.problem_id, r.text) for r in records}) / len(records),
+        "distinct_texts": scored.num_distinct_texts / len(records),
         "truncated": sum(one.is_truncated for one in flat) / len(flat),
         "no_answer": sum(one.answer_class is None for one in flat) / len(flat),
         "tokens_per_sample": sum(one.num_tokens for one in flat) / len(flat),
@@ -145,18 +152,22 @@ def load_run(folder: Path, settings: Settings) -> Run:
         "startup_s": _total(sessions, "startup_s"),
         "warmup_s": _total(sessions, "warmup_s"),
         "resumed_problems": len({p for s in sessions for p in s.get("resumed_problems", [])}),
+        "load": loads_of(records),
+        "rounds": rounds_of(sessions, records, costs),
+        "caches": caches_of(sessions),
     }
-    throughput = read_throughput(folder)
     return Run(
-        folder,
-        config["name"],
-        config,
-        sessions,
-        samples,
-        occupancy,
-        facts,
-        throughput,
-        scored.reward_hash,
+        folder=folder,
+        name=config["name"],
+        config=config,
+        sessions=sessions,
+        samples=samples,
+        occupancy=occupancy,
+        facts=facts,
+        throughput=read_throughput(folder),
+        grading=read_grading(folder),
+        reward=None if settings.reward is None else read_reward(folder, settings.reward),
+        reward_hash=scored.reward_hash,
     )
 
 
@@ -171,7 +182,8 @@ def analyse(runs: Sequence[Run], settings: Settings) -> list[dict[str, Any]]:
     """Return the groups of a report, in the order in which their first runs are given.
 
     Raises:
-        InputError: two runs of a group have one name, or runs of a group share no problem.
+        InputError: two runs of a group have one name, share no problem, or have scores of different
+            reward models under one name.
     """
     runs = _charge_reward_by_token(runs)
     named = [(*run.group, run.name) for run in runs]
@@ -216,6 +228,7 @@ def _charge_reward_by_token(runs: Sequence[Run]) -> list[Run]:
 def _analyse_group(
     key: tuple[str, str, str], runs: list[Run], settings: Settings
 ) -> dict[str, Any]:
+    _check_rewards(runs)
     shared = [p for p in runs[0].samples if all(p in run.samples for run in runs)]
     if not shared:
         stop(f"{', '.join(run.name for run in runs)}: no problem is in all of these runs")
@@ -231,21 +244,57 @@ def _analyse_group(
         "differences": _differences(runs),
         "runs": [_describe(run, problems[run.name], settings) for run in runs],
     }
-    timed = _TimedGroup(key[2], problems, settings)
+    rounds = {run.name: run.facts["rounds"] for run in runs}
+    timed = _TimedGroup(key[2], problems, rounds, settings)
     group |= timed.results()
     return group
 
 
-_SAME = ("temperature", "top_p", "max_tokens", "data_sha256", "prompt")
+def _check_rewards(runs: Sequence[Run]) -> None:
+    """Refuse Best-of-N by different reward models that happen to have one name.
+
+    Raises:
+        InputError: two runs have scores of different rewards.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        if first.reward is None or run.reward is None:
+            continue
+        hashes = first.reward["reward_hash"], run.reward["reward_hash"]
+        if hashes[0] == hashes[1]:
+            continue
+        there, here = first.reward["description"], run.reward["description"]
+        keys = [key for key in there if key not in _NOT_IDENTITY and there[key] != here.get(key)]
+        what = "".join(f"; {key} {there[key]!r} and {here.get(key)!r}" for key in keys)
+        name = run.reward["name"]
+        stop(
+            f"--reward {name}: {first.folder} and {run.folder} have scores of different reward "
+            f"models under this name (hashes {hashes[0]} and {hashes[1]}{what}); score both with "
+            f"one model under a new name: thinkfast-eval reward {first.folder} {run.folder} "
+            "--reward SPEC,name=NEW"
+        )
+
+
+#: Of a reward's description: what does not tell its scores apart, or is their hash.
+_NOT_IDENTITY = ("name", "reward_hash", "model", "resolved")
+_SAME = ("temperature", "top_p", "max_tokens", "num_samples", "data_sha256", "prompt")
 
 
 def _differences(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     """Return the settings that a fair comparison would have in common and these runs have not."""
-    found: dict[str, dict[str, Any]] = {}
-    for field in (*_SAME, "engine", "hardware", "versions"):
-        values = {run.name: run.config.get(field) for run in runs}
-        if any(value != values[runs[0].name] for value in values.values()):
-            found[field] = values
+    candidates: dict[str, dict[str, Any]] = {}
+    for field in (*_SAME, "engine"):
+        candidates[field] = {run.name: run.config.get(field) for run in runs}
+    for field in CONDITIONS:
+        candidates[field] = {run.name: values_of(run.sessions, run.config, field) for run in runs}
+    candidates["reward"] = {
+        run.name: run.reward and run.reward["description"].get("resolved") for run in runs
+    }
+    found = {
+        field: values
+        for field, values in candidates.items()
+        if any(value != values[runs[0].name] for value in values.values())
+    }
     seeds = {run.name: run.config["seed"] for run in runs}
     if len({seed is None for seed in seeds.values()}) > 1:  # vLLM draws seeded samples slower
         found["seed"] = seeds
@@ -282,6 +331,8 @@ def _describe(
         "folder": str(run.folder),
         "config": run.config,
         "sessions": run.sessions,
+        "grading": run.grading,
+        "reward": run.reward,
         "facts": facts,
         "ks": ks,
         "metrics": metrics,
@@ -329,10 +380,12 @@ class _TimedGroup:
         self,
         regime: str,
         problems: dict[str, list[list[ScoredSample]]],
+        rounds: dict[str, list[dict[str, Any]]],
         settings: Settings,
     ) -> None:
         self.regime = regime
         self.problems = problems
+        self.rounds = rounds
         self.settings = settings
         self.methods = [_OVER_SECONDS[method] for method in settings.methods]
         self.k = min(len(drawn) for run in problems.values() for drawn in run)
@@ -450,6 +503,7 @@ class _TimedGroup:
         padded = {name: _pad(curve.values, len(grid)) for name, curve in curves.items()}
         names = list(curves)
         last = len(curves[names[0]].times) - 1
+        slow = self._slowness(method)
         # The value at a quarter, a half, three quarters of the baseline's curve, and at its end.
         for at in sorted({round(last * part / 4) for part in (1, 2, 3, 4)}):
             if not padded[names[0]][:, at].any():
@@ -458,7 +512,9 @@ class _TimedGroup:
                 list(padded.values()), grid, at, settings.level, settings.draws, settings.seed
             )
             found["targets"] += [
-                {"run": name, "method": method, "at_s": float(grid[at])} | asdict(target)
+                {"run": name, "method": method, "at_s": float(grid[at])}
+                | asdict(target)
+                | timing_spread(target.seconds, target.speedup, slow[name], slow[names[0]])
                 for name, target in zip(padded, reached, strict=True)
             ]
         means = [(name, curve.times, curve.mean) for name, curve in curves.items()]
@@ -478,6 +534,17 @@ class _TimedGroup:
                     "share_chosen": best.share_chosen.tolist(),
                 }
             )
+
+    def _slowness(self, method: str) -> dict[str, list[float]]:
+        """Return for each run how slow its rounds were; the reward model's seconds stay as are."""
+        has_reward = self.settings.with_reward_time and method in REWARD_METHODS
+        found = {}
+        for name, problems in self.problems.items():
+            flat = [one for drawn in problems for one in drawn]
+            reward_s = math.fsum(one.reward_s or 0.0 for one in flat) if has_reward else 0.0
+            busy_s = math.fsum(one.cost_s for one in flat)
+            found[name] = slowness(self.rounds[name], reward_s, busy_s)
+        return found
 
 
 def _last_arrival(problems: Sequence[Sequence[ScoredSample]], with_reward: bool) -> float:

@@ -47,7 +47,11 @@ class Extracted(NamedTuple):
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _NUMBER = r"[-+]?(?:\$\s*)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|[-+]?(?:\$\s*)?\.\d+"
 _LAST_NUMBER = re.compile(rf"(?<![\w.])(?:{_NUMBER})(?:\s*/\s*\d+)?")
-_HASH = re.compile(rf"####[ \t]*((?:{_NUMBER})(?:/\d+)?)[ \t]*%?\.?[ \t]*$", re.MULTILINE)
+# No two repeats that can take the same characters stand side by side, here and below: a text that
+# almost matches would be tried in all its divisions, in quadratic time, outside of any limit.
+_HASH = re.compile(
+    rf"####[ \t]*((?:{_NUMBER})(?:/\d+)?)[ \t]*(?:%\.?[ \t]*|\.[ \t]*)?$", re.MULTILINE
+)
 _PHRASE = re.compile(r"\banswer\s*(?:is\b|are\b|=|:)[ \t]*:?[ \t]*", re.IGNORECASE)
 _MATH_SEGMENT = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]")
 _LEADING_NUMBER = re.compile(

@@ -52,6 +52,8 @@ def _read_row(
         row = json.loads(line)
     except json.JSONDecodeError as error:
         return {}, f"not JSON ({error.msg} at column {error.colno}); need one JSON object per line"
+    except (ValueError, RecursionError) as error:  # a huge number, thousands of brackets
+        return {}, f"not JSON ({error}); need one JSON object per line"
     if not isinstance(row, dict):
         return {}, f"need a JSON object with {_names(required)}, got {type(row).__name__}"
     for field, kind in required.items():

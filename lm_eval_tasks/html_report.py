@@ -11,7 +11,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from lm_eval_tasks.figures import COLOURS, DASHES, Figure, spread
+from lm_eval_tasks.figures import COLOURS, DASHES, Figure, Series, end_order, spread
 from lm_eval_tasks.tables import Table
 
 WIDTH, HEIGHT = 660, 380
@@ -76,7 +76,12 @@ def figure_html(figure: Figure, number: int) -> str:
         f"<br><span class=note>{escape(figure.note)}</span></figcaption>",
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(figure.title)}">',
         *_frame(axes),
-        *(_line(axes, series) for series in figure.series if series.x),
+        *(
+            _line(axes, series, shift)
+            for series, shift in zip(figure.series, figure.shifts(), strict=True)
+            if series.x
+        ),
+        *_front(axes),
         *_labels(axes),
         f'<line class=cursor y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="0" x2="0"/>',
         f'<rect class=catch x="{LEFT}" y="{TOP}" width="{width}" height="{height}"/>',
@@ -92,14 +97,13 @@ class Axes:
 
     def __init__(self, figure: Figure) -> None:
         self.figure = figure
-        self.scale = 100.0 if figure.is_percent else 1.0
+        self.scale = figure.scale
         lines = [line for line in figure.series if line.x]
         xs = [x for line in lines for x in line.x]
         low, high = math.log(min(xs)), math.log(max(xs))
         margin = 0.03 * (high - low) or 0.5
         self.x_range = (low - margin, high + margin)
-        top = self.scale * max(max(line.high or line.y) for line in lines) * 1.06 or 1.0
-        self.top = min(top, 103.0) if figure.is_percent else top
+        self.bottom, self.top = figure.y_limits
 
     def x(self, value: float) -> float:
         """Return the horizontal position of a value."""
@@ -109,7 +113,8 @@ class Axes:
 
     def y(self, value: float) -> float:
         """Return the vertical position of a value in the axis' unit (percent, or as it is)."""
-        return round(HEIGHT - BOTTOM - value / self.top * (HEIGHT - TOP - BOTTOM), 2)
+        share = (value - self.bottom) / (self.top - self.bottom)
+        return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 2)
 
     def x_ticks(self) -> list[float]:
         """Return the measured places on a base-2 axis, else decades or parts of them."""
@@ -122,11 +127,12 @@ class Axes:
         return [tick for tick in ticks if low <= tick <= high]
 
     def y_ticks(self) -> list[float]:
-        """Return about five round values from zero."""
-        rough = self.top / 5
+        """Return about five round values."""
+        rough = (self.top - self.bottom) / 5
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(power * part for part in (1, 2, 2.5, 5, 10) if power * part >= rough * 0.999)
-        return [step * i for i in range(int(self.top / step + 1e-9) + 1)]
+        first = math.ceil(self.bottom / step - 1e-9)
+        return [step * i for i in range(first, int(self.top / step + 1e-9) + 1)]
 
 
 def _hover_data(figure: Figure) -> dict[str, Any]:
@@ -144,6 +150,7 @@ def _hover_data(figure: Figure) -> dict[str, Any]:
                 "y": [round(axes.scale * value, 2) for value in line.y],
                 "low": [round(axes.scale * value, 2) for value in line.low or []],
                 "high": [round(axes.scale * value, 2) for value in line.high or []],
+                "front": [int(is_on) for is_on in line.on_front or []],
             }
             for line in figure.series
             if line.x
@@ -177,15 +184,21 @@ def _frame(axes: Axes) -> list[str]:
     return parts
 
 
-def _line(axes: Axes, line: Any) -> str:
+def _line(axes: Axes, line: Series, shift: float) -> str:
+    def places(values: Sequence[float]) -> list[tuple[float, float]]:
+        pairs = zip(line.x, values, strict=True)
+        return [(axes.x(shift * x), axes.y(axes.scale * y)) for x, y in pairs]
+
     colour = COLOURS[line.colour]
-    points = [(axes.x(x), axes.y(axes.scale * y)) for x, y in zip(line.x, line.y, strict=True)]
+    points = places(line.y)
     parts = []
-    if line.low is not None and line.high is not None:
-        upper = [
-            (axes.x(x), axes.y(axes.scale * y)) for x, y in zip(line.x, line.high, strict=True)
+    if line.low is not None and line.high is not None and line.has_markers:
+        parts += [
+            f'<line class=bar x1="{x}" x2="{x}" y1="{low}" y2="{high}" stroke="{colour}"/>'
+            for (x, low), (_, high) in zip(places(line.low), places(line.high), strict=True)
         ]
-        lower = [(axes.x(x), axes.y(axes.scale * y)) for x, y in zip(line.x, line.low, strict=True)]
+    elif line.low is not None and line.high is not None:
+        upper, lower = places(line.high), places(line.low)
         outline = " ".join(f"{x},{y}" for x, y in [*upper, *reversed(lower)])
         opacity = axes.figure.band_opacity
         parts.append(f'<polygon points="{outline}" fill="{colour}" fill-opacity="{opacity}"/>')
@@ -198,17 +211,36 @@ def _line(axes: Axes, line: Any) -> str:
     return "\n".join(parts)
 
 
+def _front(axes: Axes) -> list[str]:
+    """Draw above the axes which line is the best so far."""
+    parts = []
+    for colour, start, end in axes.figure.front():
+        left, right = axes.x(start), axes.x(end)
+        parts.append(
+            f'<rect x="{left}" y="{TOP - 9}" width="{right - left:.2f}" height="5" '
+            f'fill="{COLOURS[colour]}"/>'
+        )
+    if parts:
+        parts.append(f'<text class=tick x="{WIDTH - RIGHT + 13}" y="{TOP - 3}">Pareto front</text>')
+    return parts
+
+
 def _labels(axes: Axes) -> list[str]:
-    """Write each line's name at the right edge, at the height of its end."""
+    """Write each line's name at the right edge, in the order of the lines, with a leader to it."""
     drawn = [line for line in axes.figure.series if line.x]
     ends = [axes.y(axes.scale * line.y[-1]) for line in drawn]
-    places = spread(ends, 14.0, TOP + 6.0, HEIGHT - BOTTOM - 2.0)
+    order = end_order(drawn)[::-1]  # pictures count from the top
+    places = spread(ends, 14.0, TOP + 6.0, HEIGHT - BOTTOM - 2.0, order)
     parts = []
-    for line, at in zip(drawn, places, strict=True):
+    edge = WIDTH - RIGHT
+    for line, end, at in zip(drawn, ends, places, strict=True):
         name = line.name if len(line.name) <= 28 else line.name[:27] + "\N{HORIZONTAL ELLIPSIS}"
+        colour = COLOURS[line.colour]
         parts.append(
-            f'<text class=name x="{WIDTH - RIGHT + 6}" y="{at + 4:.1f}" '
-            f'style="fill: {COLOURS[line.colour]}">{escape(name)}'
+            f'<line class=leader x1="{edge}" y1="{end}" x2="{edge + 11}" y2="{at:.1f}" '
+            f'stroke="{colour}"/>'
+            f'<text class=name x="{edge + 13}" y="{at + 4:.1f}" '
+            f'style="fill: {colour}">{escape(name)}'
             f"<title>{escape(line.name)}</title></text>"
         )
     return parts

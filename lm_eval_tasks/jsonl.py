@@ -9,7 +9,7 @@ change results without a word.
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -19,6 +19,9 @@ from lm_eval_tasks.errors import stop
 Row = TypeVar("Row")
 
 _SYNC_INTERVAL_S = 1.0
+#: What reading JSON raises: JSONDecodeError and UnicodeDecodeError are ValueErrors; thousands of
+#: nested brackets are a RecursionError.
+_NOT_JSON = (ValueError, RecursionError)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -49,7 +52,7 @@ def read_object(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         stop(f"{path}: cannot be read ({error.strerror}); is {path.parent} a run folder?")
-    except ValueError as error:
+    except _NOT_JSON as error:
         stop(f"{path}: not JSON ({error}); restore the file, it is written by thinkfast-eval")
     if not isinstance(found, dict):
         stop(f"{path}: need a JSON object, got {type(found).__name__}")
@@ -86,6 +89,11 @@ class JsonLines:
         Raises:
             InputError: a line is no JSON object or ``parse`` refuses it; names file and line.
         """
+        return (row for _, row in self.read_placed(parse))
+
+    def read_placed(self, parse: Callable[[dict[str, Any]], Row]) -> Iterator[tuple[int, Row]]:
+        """Yield what `read` does, each row with its place for `read_at` (bytes before its line)."""
+        place = 0
         try:
             opened = self.path.open("rb")
         except FileNotFoundError:
@@ -97,16 +105,32 @@ class JsonLines:
                 if not line.endswith(b"\n"):
                     return
                 try:
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError(f"need a JSON object, got {type(row).__name__}")
-                    parsed = parse(row)
-                except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ones
+                    parsed = _parsed(line, parse)
+                except _NOT_JSON as error:
                     stop(
                         f"{self.path}, line {number}: {error}; mend or delete this line (only a "
                         "torn last line is repaired by itself)"
                     )
-                yield parsed
+                yield place, parsed
+                place += len(line)
+
+    def read_at(
+        self, places: Iterable[int], parse: Callable[[dict[str, Any]], Row]
+    ) -> Iterator[Row]:
+        """Yield the parsed lines at places that `read_placed` gave; lines never move.
+
+        Raises:
+            InputError: the file cannot be read, or is another one by now.
+        """
+        try:
+            with self.path.open("rb") as opened:
+                for place in places:
+                    opened.seek(place)
+                    yield _parsed(opened.readline(), parse)
+        except OSError as error:
+            stop(f"{self.path}: cannot be read ({error.strerror})")
+        except _NOT_JSON as error:
+            stop(f"{self.path} was changed while it was read ({error}); run the command again")
 
     # -- writing ----------------------------------------------------------------------------------
 
@@ -153,6 +177,11 @@ class JsonLines:
                 return len(tail)
         except FileNotFoundError:
             return 0
+        except RecursionError as error:  # no line of ours is nested that deeply
+            stop(
+                f"{self.path}: the last line is not JSON and no torn object either ({error}); "
+                "restore or move the file"
+            )
         except OSError as error:
             stop(f"{self.path}: cannot be repaired ({error.strerror}); free space or rights")
 
@@ -220,6 +249,13 @@ class JsonLines:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _parsed(line: bytes, parse: Callable[[dict[str, Any]], Row]) -> Row:
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"need a JSON object, got {type(row).__name__}")
+    return parse(row)
 
 
 def _last_segment(opened: Any, end: int) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_tasks.errors import stop
-from lm_eval_tasks.figures import COLOURS, DASHES, Figure, spread
+from lm_eval_tasks.figures import COLOURS, DASHES, Figure, end_order, spread
 
 MARKERS = "osD^vPX"
 _STYLE: dict[Any, Any] = {
@@ -80,22 +80,26 @@ def _save(plt: Any, figures: Sequence[Figure], path: Path, columns: int, dpi: in
 
 
 def _draw(axes: Any, figure: Figure) -> None:
-    scale = 100.0 if figure.is_percent else 1.0
-    for number, line in enumerate(figure.series):
+    scale = figure.scale
+    for number, (line, shift) in enumerate(zip(figure.series, figure.shifts(), strict=True)):
         colour = COLOURS[line.colour]
+        xs = [shift * x for x in line.x]
         if line.low is not None and line.high is not None:
             low, high = ([scale * value for value in end] for end in (line.low, line.high))
-            axes.fill_between(
-                line.x, low, high, color=colour, alpha=figure.band_opacity, linewidth=0
-            )
+            if line.has_markers:
+                axes.vlines(xs, low, high, color=colour, alpha=0.55, linewidth=1.0, zorder=2)
+            else:
+                axes.fill_between(
+                    xs, low, high, color=colour, alpha=figure.band_opacity, linewidth=0
+                )
         axes.plot(
-            line.x,
+            xs,
             [scale * value for value in line.y],
             color=colour,
             linestyle=(0, DASHES[line.dash]) if DASHES[line.dash] else "-",
-            linewidth=1.5,
+            linewidth=1.3,
             marker=MARKERS[number % len(MARKERS)] if line.has_markers else None,
-            markersize=4,
+            markersize=3.6,
             label=line.name,
             zorder=3,
         )
@@ -103,15 +107,16 @@ def _draw(axes: Any, figure: Figure) -> None:
     _set_ticks(axes, figure)
     axes.set_xlabel(textwrap.fill(figure.x_label, _LABEL_CHARACTERS))
     axes.set_ylabel(figure.y_label)
-    _set_height(axes, figure, scale)
+    axes.set_ylim(*figure.y_limits)
     axes.grid(axis="y", color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
+    strip = _draw_front(axes, figure)
     note = textwrap.fill(figure.note, _NOTE_CHARACTERS)
     num_lines = len(note.splitlines())
-    axes.set_title(figure.title, fontweight="bold", pad=8 + 8 * num_lines)
+    axes.set_title(figure.title, fontweight="bold", pad=8 + 8 * num_lines + 5 * strip)
     if note:
         place = {"transform": axes.transAxes, "va": "bottom"}
-        axes.text(0, 1.03, note, fontsize=6.2, color="0.35", **place)
+        axes.text(0, 1.055 if strip else 1.03, note, fontsize=6.2, color="0.35", **place)
     if len(figure.series) <= _MOST_DIRECT_LABELS:
         _label_lines(axes, figure, scale)
     else:
@@ -134,27 +139,59 @@ def _set_ticks(axes: Any, figure: Figure) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _set_height(axes: Any, figure: Figure, scale: float) -> None:
-    tops = [max(line.high or line.y) for line in figure.series if line.x]
-    top = scale * max(tops) * 1.06 or 1.0
-    axes.set_ylim(0, min(top, 103.0) if figure.is_percent else top)
+def _draw_front(axes: Any, figure: Figure) -> bool:
+    """Draw above the axes which line is the best so far; return whether there is such a strip."""
+    stretches = figure.front()
+    for colour, start, end in stretches:
+        axes.plot(
+            [start, end],
+            [1.02, 1.02],
+            transform=axes.get_xaxis_transform(),
+            color=COLOURS[colour],
+            linewidth=3.5,
+            solid_capstyle="butt",
+            clip_on=False,
+        )
+    if stretches:
+        axes.annotate(
+            "Pareto front",
+            xy=(1.0, 1.02),
+            xycoords="axes fraction",
+            xytext=(4, 0),
+            textcoords="offset points",
+            color="0.35",
+            fontsize=6.2,
+            va="center",
+            annotation_clip=False,
+        )
+    return bool(stretches)
 
 
 def _label_lines(axes: Any, figure: Figure, scale: float) -> None:
-    """Write each line's name at its right end, moved apart where lines end together."""
+    """Write each line's name at its right end, in the order of the lines, with a leader to it."""
     bottom, top = axes.get_ylim()
     drawn = [line for line in figure.series if line.x]
     ends = [scale * line.y[-1] for line in drawn]
     gap = 0.065 * (top - bottom)
-    for line, at in zip(drawn, spread(ends, gap, bottom + gap / 2, top - gap / 2), strict=True):
+    places = spread(ends, gap, bottom + gap / 2, top - gap / 2, end_order(drawn))
+    for line, end, at in zip(drawn, ends, places, strict=True):
+        colour = COLOURS[line.colour]
         axes.annotate(
             line.name,
-            xy=(1.0, at),
+            xy=(1.0, end),
             xycoords=("axes fraction", "data"),
-            xytext=(4, 0),
-            textcoords="offset points",
-            color=COLOURS[line.colour],
+            xytext=(1.045, at),
+            textcoords=("axes fraction", "data"),
+            color=colour,
             fontsize=7.5,
             va="center",
             annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.6,
+                "relpos": (0, 0.5),
+                "shrinkA": 1,
+                "shrinkB": 0,
+            },
         )

@@ -19,6 +19,7 @@ from lm_eval_tasks.figures import Figure, figures_of
 from lm_eval_tasks.html_report import details_html, figure_html, table_html
 from lm_eval_tasks.jsonl import read_object, write_atomically
 from lm_eval_tasks.plots import draw_figures
+from lm_eval_tasks.provenance import commands_of, session_rows
 from lm_eval_tasks.tables import Table, figure_csv, regime_text, tables_of
 
 RESULTS = "results.json"
@@ -154,16 +155,6 @@ def _how_made(results: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(name, results[name]) for name in names]
 
 
-def _commands(group: dict[str, Any]) -> list[str]:
-    """Return every command that drew samples, in order, without repetition."""
-    found: dict[str, None] = {}
-    for run in group["runs"]:
-        for session in run["sessions"]:
-            if session.get("command"):
-                found[session["command"]] = None
-    return list(found)
-
-
 def _markdown(
     results: dict[str, Any],
     figures: dict[str, list[Figure]],
@@ -182,7 +173,7 @@ def _markdown(
                 parts.append(f"{figure.title}. {figure.note[:1].upper()}{figure.note[1:]}.\n")
         for table in others:
             parts += [f"### {table.title}\n", table.markdown()]
-        parts += ["### Commands\n", "```text", *_commands(group), "```\n"]
+        parts += ["### Commands\n", "```text", *commands_of(group["runs"]), "```\n"]
         parts.append("### Settings of the runs\n")
         for run in group["runs"]:
             config = json.dumps(run["config"], indent=1, ensure_ascii=False)
@@ -217,11 +208,11 @@ def _html(
         numbered += drawn
         sections += ["<h3>Figures</h3>\n<div class=charts>", *charts, "</div>"]
         sections += [table_html(table) for table in others]
-        sections.append(details_html("Commands", "\n".join(_commands(group))))
+        sections.append(details_html("Commands", "\n".join(commands_of(group["runs"]))))
         for run in group["runs"]:
             config = json.dumps(run["config"], indent=1, ensure_ascii=False)
             sections.append(details_html(f"Settings of {run['name']} ({run['folder']})", config))
-            sessions = json.dumps(run["sessions"], indent=1, ensure_ascii=False)
+            sessions = json.dumps(dict(session_rows(run)), indent=1, ensure_ascii=False)
             sections.append(details_html(f"Sessions of {run['name']}", sessions))
     if results.get("steps"):
         sections.append(details_html("Steps of the comparison", "\n".join(results["steps"])))

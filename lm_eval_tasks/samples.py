@@ -12,7 +12,7 @@ the data set. docs/evaluation.md describes the folder.
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import NoneType, TracebackType
@@ -300,6 +300,10 @@ class SampleStore:
             InputError: a line is malformed, a sample stands there twice, belongs to another config
                 or to a problem that is not in problems.jsonl; names file and line.
         """
+        return (record for _, record in self.placed_records())
+
+    def placed_records(self) -> Iterator[tuple[int, SampleRecord]]:
+        """Yield what `records` does, each with its place for `records_at`."""
         expected = self.config()["config_hash"]
         known = {problem.problem_id for problem in self.problems()}
         seen: dict[str, set[int]] = {}
@@ -321,7 +325,15 @@ class SampleStore:
             indices.add(record.sample_index)
             return record
 
-        return self._samples.read(parse)
+        return self._samples.read_placed(parse)
+
+    def records_at(self, places: Iterable[int]) -> Iterator[SampleRecord]:
+        """Yield samples again by their places: who needs all in another order keeps no texts.
+
+        Raises:
+            InputError: the file was changed since `placed_records` read it.
+        """
+        return self._samples.read_at(places, SampleRecord.from_dict)
 
     def sessions(self) -> list[dict[str, Any]]:
         """Return the lines of sessions.jsonl, one per (re)start, later facts merged into it."""

@@ -4,6 +4,8 @@ Reads a run folder after ``thinkfast-eval score`` (and ``reward``, if a score is
 models and data sets are not needed any more.
 """
 
+import dataclasses
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -54,7 +56,9 @@ class ScoredRun:
     """Problem id to samples in the order of their indices; the problems in data set order. A
     problem without samples has an empty list."""
     records: list[SampleRecord]
-    """The same samples in the order in which they were stored."""
+    """The same samples in the order in which they were stored, their texts left out (empty)."""
+    num_distinct_texts: int
+    """Different texts, those of different problems counted apart."""
     occupancy: Occupancy
     reward_hash: str | None = None
     """Of the reward whose scores these are; None without one."""
@@ -86,7 +90,12 @@ def load_scored_run(
     store = SampleStore(folder)
     config = store.config()
     version = grading_of(config["task"]).version_of(config["task_version"])
-    records = list(store.records())
+    records, texts = [], set()
+    for record in store.records():
+        # At 500 problems x 256 samples the texts are most of the memory, and only counted.
+        text = record.text.encode("utf-8", "surrogatepass")
+        texts.add((record.problem_id, hashlib.blake2b(text, digest_size=16).digest()))
+        records.append(dataclasses.replace(record, text=""))
     by_problem: dict[str, list[SampleRecord]] = {p.problem_id: [] for p in store.problems()}
     for record in records:
         by_problem[record.problem_id].append(record)
@@ -138,7 +147,7 @@ def load_scored_run(
             )
     # All scores of a file have one hash; see `read_scores`.
     reward_hash = next((score.reward_hash for score in scores.values()), None)
-    return ScoredRun(samples, records, occupancy, reward_hash)
+    return ScoredRun(samples, records, len(texts), occupancy, reward_hash)
 
 
 def finish_times(samples: Iterable[SampleRecord], regime: str) -> dict[tuple[str, int], float]:

@@ -3,17 +3,21 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lm_eval_tasks.figures import METHOD_LABELS, Figure
+from lm_eval_tasks.figures import METHOD_LABELS, Figure, in_flight
+from lm_eval_tasks.provenance import changes_of, session_rows
 
 _REGIMES = {
     "saturated": "saturated: all problems share the server; seconds are server seconds per problem",
     "latency": "latency: one problem at a time owns the server; seconds since its submission",
 }
 _TIMES = "\N{MULTIPLICATION SIGN}"
+_ONE_ROUND = "one round: no spread"
+#: Largest ratio of cache sizes that passes as equal: caches are whole blocks of other sizes.
+_EQUAL_MEMORY = 1.05
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Table:
 def regime_text(group: dict[str, Any]) -> str:
     """Return what seconds mean in this group."""
     text = _REGIMES[group["regime"]]
-    return f"{text}; {group['k']} samples in flight" if group["k"] else text
+    return f"{text}; {in_flight(group)}" if group["k"] else text
 
 
 def tables_of(group: dict[str, Any], level: float) -> list[Table]:
@@ -46,9 +50,10 @@ def tables_of(group: dict[str, Any], level: float) -> list[Table]:
         group: of `lm_eval_tasks.analysis.analyse`.
         level: of the intervals.
     """
-    found = [_doubts(group), _metrics(group, level), *_targets(group, level)]
-    found += [_areas(group, level), *_best(group), _throughput(group), _limits(group)]
-    found.append(_differences(group))
+    found = [what_was_run(group["regime"], group["runs"]), _metrics(group, level)]
+    found += [*_targets(group, level), _areas(group, level), *_best(group), _front(group)]
+    found += [_throughput(group), _limits(group), _rewards(group), _sessions(group)]
+    found += [_changes(group), _differences(group)]
     return [table for table in found if table.rows]
 
 
@@ -65,8 +70,13 @@ def _share_range(interval: dict[str, float]) -> str:
     return f"{value} ({low} to {high})"
 
 
-def _doubts(group: dict[str, Any]) -> Table:
-    """What a reader needs to doubt the comparison."""
+def what_was_run(regime: str, runs: Sequence[Mapping[str, Any]]) -> Table:
+    """Return what a reader needs to doubt a comparison.
+
+    Args:
+        regime: of the runs.
+        runs: ``name`` and ``facts`` (of `lm_eval_tasks.analysis.load_run`) of each.
+    """
     rows: list[tuple[str, str, Any]] = [
         ("problems", "num_problems", str),
         ("samples", "num_samples", str),
@@ -79,20 +89,24 @@ def _doubts(group: dict[str, Any]) -> Table:
         ("prompt tokens from the prefix cache", "prefix_cache_hits", _percent),
         ("effective batch size", "effective_batch_size", _number),
         ("generated tokens per second", "tokens_per_s", _number),
+        ("the same by round, least to most (timing spread)", "rounds", _round_speeds),
         ("server seconds per sample", "server_s_per_sample", _number),
         ("busy server seconds", "busy_s", _number),
         ("share of them in which the batch only emptied", "drain_share", _percent),
         ("preemptions", "preemptions", _number),
+        ("cache for keys, values and states", "caches", _caches),
         ("sessions", "num_sessions", str),
         ("start-up and warm-up, excluded [s]", "", None),
     ]
-    facts = [run["facts"] for run in group["runs"]]
+    facts = [run["facts"] for run in runs]
+    # Reports of earlier versions have fewer facts.
+    rows = [row for row in rows if row[1] not in ("rounds", "caches") or row[1] in facts[0]]
     if any("reward_s_per_sample" in fact for fact in facts):
         rows.append(("reward model seconds per sample", "reward_s_per_sample", _number))
     is_pooled = any(fact.get("measured_reward_s_per_sample") is not None for fact in facts)
     if is_pooled:
         rows.append(("the same as measured", "measured_reward_s_per_sample", _number))
-    if any(fact["resumed_problems"] for fact in facts) and group["regime"] == "latency":
+    if any(fact["resumed_problems"] for fact in facts) and regime == "latency":
         rows.append(("problems drawn at more than one load", "resumed_problems", str))
     if all("seed" in fact for fact in facts):
         rows.insert(3, ("seed of the samples", "seed", _seed))
@@ -127,8 +141,26 @@ def _doubts(group: dict[str, Any]) -> Table:
         )
     if any(fact["distinct_texts"] < 0.5 for fact in facts):
         notes.append("Many equal texts: are the samples copies (seeds, temperature)?")
-    header = ["", *(run["name"] for run in group["runs"])]
+    sizes = [cache["bytes"] for fact in facts for cache in fact.get("caches", [])]
+    if sizes and None not in sizes and max(sizes) > _EQUAL_MEMORY * min(sizes):
+        notes.append("The caches differ in size: the runs did not have the same memory.")
+    header = ["", *(run["name"] for run in runs)]
     return Table("What was run", header, cells, " ".join(notes))
+
+
+def _round_speeds(rounds: Sequence[Mapping[str, Any]]) -> str:
+    speeds = [one["num_tokens"] / one["busy_s"] for one in rounds if one["busy_s"]]
+    if len(speeds) < 2:
+        return _ONE_ROUND
+    return f"{min(speeds):.4g} to {max(speeds):.4g} ({len(speeds)} rounds)"
+
+
+def _caches(caches: Sequence[Mapping[str, Any]]) -> str:
+    texts = []
+    for one in caches:
+        size = "bytes unknown" if one["bytes"] is None else f"{one['bytes'] / 2**20:,.1f} MiB"
+        texts.append(f"{one['num_blocks']:,} blocks of {one['block_size']} tokens, {size}")
+    return " or ".join(texts) or "unknown"
 
 
 def _seed(seed: int | None) -> str:
@@ -186,19 +218,37 @@ def _targets(group: dict[str, Any], level: float) -> list[Table]:
                 f"{100 * row['target']:.1f} % (at {row['at_s']:.3g} s)",
                 row["run"],
                 seconds,
+                _spread(row, "round_low_s", "round_high_s"),
                 _percent(row["share_not_reached"], 0),
                 ratio,
+                _spread(row, "round_speedup_low", "round_speedup_high"),
             ]
         )
     base = group["baseline"]
-    header = ["", f"target: {base} at t", "run", "seconds", "draws that miss it", "speed-up"]
+    header = ["", f"target: {base} at t", "run", "seconds", "timing spread: seconds"]
+    header += ["draws that miss it", "speed-up", "timing spread: speed-up"]
     note = (
         f"Target: the value of {base} at some times, the last one where its curve ends; taken anew "
-        "in each bootstrap draw. Seconds: the first time of the grid at which it is reached; "
-        f"{100 * level:g}% paired bootstrap intervals over problems. Not reached within the "
-        "samples of a run is a result: it counts as infinite time, a speed-up of 0."
+        "in each bootstrap draw. Seconds: the first time of the grid at which it is reached; in "
+        f"brackets {100 * level:g}% paired bootstrap intervals over problems, which know nothing "
+        "of timing noise. Timing spread: least to most over the rounds, had the speed of one round "
+        "held throughout. Not reached within the samples of a run is a result: it counts as "
+        "infinite time, a speed-up of 0."
     )
     return [Table(f"Seconds until the accuracy of {base}", header, rows, note)]
+
+
+def _spread(row: Mapping[str, Any], low: str, high: str) -> str:
+    """Return what the rounds say of a time or speed-up."""
+    if "rounds" not in row:
+        return "unknown"  # a report of an earlier version
+    if row["rounds"] < 2:
+        return _ONE_ROUND
+    if row[low] is None:
+        if row["rounds"] != row["baseline_rounds"]:
+            return f"{row['rounds']} rounds, baseline {row['baseline_rounds']}: not paired"
+        return ""
+    return f"{row[low]:.4g} to {row[high]:.4g} ({row['rounds']} rounds)"
 
 
 def _areas(group: dict[str, Any], level: float) -> Table:
@@ -243,22 +293,60 @@ def _best(group: dict[str, Any]) -> list[Table]:
     return [Table("Best run at each time", header, rows, note)]
 
 
+def _front(group: dict[str, Any]) -> Table:
+    """Which run is on the Pareto front, and when."""
+    rows: list[list[str]] = []
+    for stretch in front_stretches(group["fronts"]):
+        first, last = stretch[0], stretch[-1]
+        rows.append(
+            [
+                METHOD_LABELS[first["method"]],
+                first["run"],
+                f"{_number(first['seconds'], '.3g')} to {_number(last['seconds'], '.3g')}",
+                f"{_percent(first['value'])} to {_percent(last['value'])}",
+            ]
+        )
+    note = (
+        "The front: the points that no run beats or equals in the same or a shorter time. Of the "
+        "mean curves: where their intervals overlap, the order may be chance."
+    )
+    return Table("Pareto front", ["", "run on the front", "seconds", "value"], rows, note)
+
+
+def front_stretches(front: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return the points of fronts, divided where the method or the run changes."""
+    stretches: list[list[dict[str, Any]]] = []
+    for point in front:
+        before = stretches[-1][-1] if stretches else {}
+        if (before.get("method"), before.get("run")) == (point["method"], point["run"]):
+            stretches[-1].append(point)
+        else:
+            stretches.append([point])
+    return stretches
+
+
 def _throughput(group: dict[str, Any]) -> Table:
     rows = []
     notes: set[str] = set()
     for run in group["runs"]:
         for row in run["throughput"]:
-            cells = [f"{row[field]['median']:.4g}" for field in ("seconds", "tokens_per_s")]
-            decode = row["decode_tokens_per_s"]
-            cells.append(f"{decode['median']:.4g} ({decode['low']:.4g} to {decode['high']:.4g})")
-            rows.append([run["name"], str(row["batch_size"]), *cells, str(row["preemptions"])])
-            notes.add(
-                f"{row['num_prompt_tokens']} prompt and {row['num_tokens']} new tokens per "
-                f"sequence; median of {row['rounds']} rounds (range for decoding)"
-                f"{', drawn with seeds' if row.get('seeded') else ''}."
-            )
-    header = ["run", "sequences", "seconds", "tokens/s", "decoding tokens/s", "preemptions"]
-    return Table("Generation speed", header, rows, " ".join(sorted(notes)))
+            fields = ("seconds", "tokens_per_s", "decode_tokens_per_s")
+            cells = [_median(row[field], row["rounds"]) for field in fields]
+            rounds = _ONE_ROUND if row["rounds"] < 2 else str(row["rounds"])
+            preemptions = str(row["preemptions"])
+            rows.append([run["name"], str(row["batch_size"]), rounds, *cells, preemptions])
+            lengths = f"{row['num_prompt_tokens']} prompt and {row['num_tokens']} new tokens"
+            notes.add(f"{lengths} per sequence{', drawn with seeds' if row.get('seeded') else ''}.")
+    header = ["run", "sequences", "rounds", "seconds", "tokens/s", "decoding tokens/s"]
+    note = "Median over rounds; in brackets the timing spread, least to most over rounds."
+    return Table(
+        "Generation speed", [*header, "preemptions"], rows, " ".join([*sorted(notes), note])
+    )
+
+
+def _median(found: Mapping[str, float], rounds: int) -> str:
+    median, low, high = (f"{found[end]:.4g}" for end in ("median", "low", "high"))
+    return median if rounds < 2 else f"{median} ({low} to {high})"
 
 
 def _limits(group: dict[str, Any]) -> Table:
@@ -283,6 +371,63 @@ def _limits(group: dict[str, Any]) -> Table:
     return Table("Limits of the curves", header, rows, note)
 
 
+_REWARD_FIELDS = (
+    *("model", "model_id", "tokenizer_id", "protocol", "protocol_version", "split", "backend"),
+    *("dtype", "max_tokens", "resolved"),
+)
+
+
+def _rewards(group: dict[str, Any]) -> Table:
+    """Which reward model the scores are of, and how it was run."""
+    runs = [run for run in group["runs"] if run.get("reward")]
+    rows = []
+    for field in _REWARD_FIELDS:
+        values = [run["reward"]["description"].get(field) for run in runs]
+        if any(value is not None for value in values):
+            rows.append([field.replace("_", " "), *map(_text, values)])
+    for field in ("name", "reward_hash"):
+        rows.append([field.replace("_", " "), *(_text(run["reward"][field]) for run in runs)])
+    note = ""
+    if any(not run["reward"]["description"] for run in runs):
+        note = "Where the model is unknown, scores/NAME.json is missing in the run folder."
+    header = ["", *(run["name"] for run in runs)]
+    return Table("Reward model", header, rows if runs else [], note)
+
+
+def _sessions(group: dict[str, Any]) -> Table:
+    """Every start of drawing, grading and reading."""
+    rows = []
+    for run in group["runs"]:
+        for name, row in session_rows(run):
+            excluded = [row.get(field) for field in ("startup_s", "warmup_s")]
+            cells = [_number(value) if value is not None else "" for value in excluded]
+            count = row.get("drawn", row.get("num_judged"))
+            rows.append(
+                [run["name"], name, row.get("started", "unknown"), _text(count, ""), *cells]
+            )
+    header = ["run", "session", "started", "samples", "start-up [s]", "warm-up [s]"]
+    return Table("Sessions", header, rows, "Start-up and warm-up are outside of all times.")
+
+
+def _changes(group: dict[str, Any]) -> Table:
+    """Versions and hardware that are not those of a run's other sessions."""
+    rows = [
+        [run["name"], field.replace("_", " "), session, _text(value)]
+        for run in group["runs"]
+        for field, session, value in changes_of(run)
+    ]
+    note = "Times of these sessions are not of one machine and one software; verdicts and scores "
+    note += "may have been made by several versions."
+    header = ["run", "", "session", "value"]
+    return Table("Conditions that changed between the sessions of a run", header, rows, note)
+
+
+def _text(value: Any, missing: str = "unknown") -> str:
+    if value is None:
+        return missing
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def _differences(group: dict[str, Any]) -> Table:
     rows = []
     for setting, values in group["differences"].items():
@@ -297,15 +442,20 @@ def figure_csv(figures: Sequence[tuple[str, Figure]]) -> str:
 
     Args:
         figures: name of the group and figure.
+
+    Returns:
+        Columns group, figure, series, x, y, low, high, on_front (1 or 0; empty where no front was
+        computed).
     """
     opened = io.StringIO()
     writer = csv.writer(opened, lineterminator="\n")
-    writer.writerow(["group", "figure", "series", "x", "y", "low", "high"])
+    writer.writerow(["group", "figure", "series", "x", "y", "low", "high", "on_front"])
     for group, figure in figures:
         for line in figure.series:
             none: list[float | None] = [None] * len(line.x)
             lows, highs = line.low or none, line.high or none
-            for point in zip(line.x, line.y, lows, highs, strict=True):
+            fronts = [""] * len(line.x) if line.on_front is None else [*map(int, line.on_front)]
+            for *point, front in zip(line.x, line.y, lows, highs, fronts, strict=True):
                 numbers = ("" if value is None else f"{value:.8g}" for value in point)
-                writer.writerow([group, figure.name, line.name, *numbers])
+                writer.writerow([group, figure.name, line.name, *numbers, front])
     return opened.getvalue()

@@ -16,6 +16,7 @@ from lm_eval_tasks.answers import Extracted
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.jsonl import JsonLines
 from lm_eval_tasks.locks import exclusive
+from lm_eval_tasks.provenance import record_grading
 from lm_eval_tasks.samples import SampleStore
 from lm_eval_tasks.scoring import Grading, grading_of
 
@@ -147,7 +148,7 @@ class ScoreCounts(NamedTuple):
     """Of these, judged by this call."""
 
 
-def score_run(folder: Path | str) -> ScoreCounts:
+def score_run(folder: Path | str, command: str | None = None) -> ScoreCounts:
     """Judge the samples of a run that have no verdict yet, and group the answers.
 
     Problem by problem: a problem's verdicts and classes are written as soon as they are known, so a
@@ -155,6 +156,7 @@ def score_run(folder: Path | str) -> ScoreCounts:
 
     Args:
         folder: the run folder; sampling may go on meanwhile.
+        command: the command line, which reports quote; kept where anything is judged.
 
     Raises:
         InputError: no run folder, an unknown task, a problem without a usable gold answer, a
@@ -193,6 +195,9 @@ def score_run(folder: Path | str) -> ScoreCounts:
             if record.key not in done:
                 found = grading.extract(record.text)
                 missing[record.problem_id].append((record.sample_index, found))
+        num_new = sum(map(len, missing.values()))
+        if num_new:
+            record_grading(folder, command, num_new)
         for name, gold in golds.items():
             verdict_of = known[name]
             answers = {one.answer for _, one in missing[name] if one.answer is not None}
@@ -205,7 +210,7 @@ def score_run(folder: Path | str) -> ScoreCounts:
             if verdict_of.keys() != grouped.get(name, set()):
                 groups = _group(gold, sorted(verdict_of), grading)
                 classes.append(AnswerClasses(name, version, groups).as_dict())
-    return ScoreCounts(num_samples, sum(map(len, missing.values())))
+    return ScoreCounts(num_samples, num_new)
 
 
 def _golds(store: SampleStore, grading: Grading) -> dict[str, str]:

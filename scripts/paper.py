@@ -12,6 +12,7 @@ figures. docs/evaluation.md says what a kill can change.
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ ENGINE = {
     "use_tqdm_on_load": "false",
 }
 """Of every model: the same memory, the same places in the batch."""
+PUBLISHED = ("report.md", "report.html", "results.json", "points.csv")
 ENVIRONMENT = ONE_THREAD | {
     # Only progress and errors: what vLLM and torch say about themselves is not news here.
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -64,7 +66,8 @@ def compare_arguments(options: argparse.Namespace) -> list[str]:
         arguments += ["--model", _shown(contender.folder)]
     arguments += ["--num-samples", str(options.num_samples), "--limit", str(options.problems)]
     arguments += ["--latency-limit", str(options.latency_problems)]
-    arguments += ["--rounds", str(options.rounds)]
+    if options.rounds is not None:
+        arguments += ["--rounds", str(options.rounds)]
     if options.seed is not None:
         arguments += ["--seed", str(options.seed)]
     arguments += ["--batch-sizes", *map(str, options.batch_sizes)]
@@ -118,7 +121,25 @@ def _speed_up(group: dict[str, Any], run: str) -> str:
     target = targets[(len(targets) - 1) // 2]
     if target["seconds"] is None:
         return f"not reached ({100 * target['target']:.0f} %)"
-    return f"{target['speedup']:.2f} (to {100 * target['target']:.0f} %)"
+    spread = "one round"
+    if target["round_speedup_low"] is not None:
+        spread = "rounds {round_speedup_low:.2f}-{round_speedup_high:.2f}".format(**target)
+    return f"{target['speedup']:.2f} ({spread}; to {100 * target['target']:.0f} %)"
+
+
+def publish(report: Path, folder: Path) -> None:
+    """Copy what ``docs/results`` keeps of a report: texts, numbers and each figure alone.
+
+    Args:
+        report: folder of the report.
+        folder: is made if it is missing; figures of an earlier report are removed.
+    """
+    shutil.rmtree(folder / "figures", ignore_errors=True)
+    pictures = [path for path in report.glob("figures/*/*.png") if path.stem != "overview"]
+    for source in [*(report / name for name in PUBLISHED), *pictures]:
+        target = folder / source.relative_to(report)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,14 +152,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("--problems", NUM_PROBLEMS, "on the saturated server"),
         ("--latency-problems", LATENCY_PROBLEMS, "one at a time"),
         ("--num-samples", NUM_SAMPLES, "of each problem"),
-        ("--rounds", 2, "in which the models take turns"),
     ):
         parser.add_argument(flag, type=int, default=default, help=f"{text} (%(default)s)")
+    parser.add_argument("--rounds", type=int, help="in which the models take turns (3)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES, metavar="B")
+    parser.add_argument("--results", type=Path, help="also copy the report here (docs/results/...)")
     parser.add_argument("--seed", type=int, help="draw samples that can be drawn again (without)")
     options = parser.parse_args(arguments)
     started = time.monotonic()
     options.out, options.models = options.out.resolve(), options.models.resolve()
+    results_folder = options.results.resolve() if options.results else None
     options.reward = (options.reward or options.models / "prm-tiny").resolve()
     os.chdir(ROOT)  # the commands that the report quotes are relative to it
     os.environ.update(ENVIRONMENT)
@@ -151,8 +174,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     report = options.out / "report"
     results = json.loads((report / "results.json").read_text(encoding="utf-8"))
+    if results_folder:
+        publish(report, results_folder)
     sys.stdout.write(f"\n{summary(results)}")
-    sys.stdout.write(f"{_shown(report)}: report.html, report.md, figures\n")
+    sys.stdout.write(f"{_shown(report)}: report.html, report.md, points.csv, figures\n")
     sys.stdout.write(f"this call took {(time.monotonic() - started) / 60:.1f} minutes\n")
     return 0
 

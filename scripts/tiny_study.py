@@ -1,9 +1,10 @@
 """``make tiny-study``: what each stage and each choice of the students' recipes pays for.
 
-Trains the students' recipes with one thing changed each and shorter budgets, stops at the borders
-of stages, exports what is there, and samples the task ``arith_passk`` from every export in vLLM.
-Needs the embedded teacher, ``thinkfast/llama-tiny``. Everything is kept in the run folder, so a
-killed call continues. Writes ``study.json``, ``tables.md`` and ``study.png``.
+Trains the students' recipes with one thing changed each, stops at the borders of stages, exports
+what is there, and samples the task ``arith_passk`` from every export in vLLM. Needs the embedded
+teacher, ``thinkfast/llama-tiny``. Everything is kept in the run folder, so a killed call continues;
+``--share 0.1`` is a quick look with a tenth of the tokens. Writes ``study.json``, ``tables.md`` and
+``study.png``.
 """
 
 import argparse
@@ -26,7 +27,7 @@ LLAMBA, HYBRID = "arith-llamba-tiny.yaml", "arith-mambainllama-tiny.yaml"
 STAGES = ("matrix_mixing", "hidden_state", "end_to_end_forward", "end_to_end_reverse")
 BATCH_TOKENS = 2048
 METRICS = ("reverse_kl", "forward_kl", "top1_agreement")
-NUM_PROBLEMS, NUM_SAMPLES = 100, 16
+NUM_PROBLEMS, NUM_SAMPLES = 200, 16
 TEACHER = ROOT / "thinkfast" / "llama-tiny"
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Black, then Okabe and Ito's palette, which colour-blind readers can tell apart."""
@@ -34,7 +35,7 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#5
 
 @dataclass(frozen=True)
 class Variant:
-    """A recipe with shorter budgets and one thing changed."""
+    """A recipe with one thing changed."""
 
     name: str
     recipe: str
@@ -65,23 +66,51 @@ class Variant:
         return [stage["name"] for stage in stages]
 
 
-def variants() -> list[Variant]:
-    """The base of each kind, then the base with one thing changed.
+def variants(share: float) -> list[Variant]:
+    """The recipe of each kind, then the recipe with one thing changed.
 
     Within a kind all have the same number of tokens: what a left-out stage had goes to the next.
+
+    Args:
+        share: of the recipes' tokens, above 0.
     """
     one, two, forward, reverse = STAGES
-    pure = {one: 150_000, two: 500_000, forward: 700_000, reverse: 300_000}
-    hybrid = {two: 300_000, forward: 500_000, reverse: 200_000}
+    pure, hybrid = _budgets(LLAMBA, share), _budgets(HYBRID, share)
     return [
         Variant("Llamba", LLAMBA, pure, with_stages=True),
         Variant("Llamba, init random", LLAMBA, pure, init="random"),
         Variant("Llamba, without stage 1", LLAMBA, _moved(pure, one, two)),
+        Variant(
+            "Llamba, without stages 1 and 2", LLAMBA, _moved(_moved(pure, one, two), two, forward)
+        ),
         Variant("Llamba, forward KL only", LLAMBA, pure, losses={reverse: "forward_kl"}),
         Variant("Llamba, reverse KL only", LLAMBA, pure, losses={forward: "reverse_kl"}),
         Variant("hybrid", HYBRID, hybrid, with_stages=True),
         Variant("hybrid, reverse KL only", HYBRID, hybrid, losses={forward: "reverse_kl"}),
     ]
+
+
+def _named(of_study: list[Variant], names: list[str] | None) -> list[Variant]:
+    """Those with one of the names; all without names.
+
+    Raises:
+        TrainingError: no variant has one of the names.
+    """
+    known = [variant.name for variant in of_study]
+    for name in names or []:
+        if name not in known:
+            raise TrainingError(f"--only {name!r}: the variants are {'; '.join(known)}")
+    return [variant for variant in of_study if variant.name in (names or known)]
+
+
+def _budgets(recipe: str, share: float) -> dict[str, int]:
+    """Stage -> a share of its tokens, in whole batches, at least one."""
+    stages = yaml.safe_load((RECIPES / recipe).read_text(encoding="utf-8"))["stages"]
+    return {
+        stage.get("name", stage["kind"]): BATCH_TOKENS
+        * max(1, math.ceil(share * stage["tokens"] / BATCH_TOKENS))
+        for stage in stages
+    }
 
 
 def _moved(tokens: dict[str, int], source: str, target: str) -> dict[str, int]:
@@ -250,7 +279,7 @@ def draw(study: dict[str, Any], path: Path) -> None:
             of_kind = [r for r in study["variants"] if r["name"].split(",")[0] == kind]
             names = list(dict.fromkeys(r["name"] for r in of_kind))
             for name, colour in zip(names, COLOURS, strict=False):
-                label = name.partition(", ")[2] or "recipe (shortened)"
+                label = name.partition(", ")[2] or "recipe"
                 for i, result in enumerate(r for r in of_kind if r["name"] == name):
                     tokens, values = zip(*((c[0], c[1]) for c in result["curve"]), strict=True)
                     left.plot(
@@ -263,7 +292,7 @@ def draw(study: dict[str, Any], path: Path) -> None:
                 right.plot(ends, [at] * len(ends), "o", color=colour, ms=4)
             right.set_yticks(
                 range(len(names)),
-                [n.partition(", ")[2] or "recipe (shortened)" for n in reversed(names)],
+                [n.partition(", ")[2] or "recipe" for n in reversed(names)],
             )
             right.axvline(study["teacher"]["pass@1"], color="#666666", ls="--", lw=1)
             right.annotate(
@@ -286,19 +315,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "study", help="run folders")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study" / "results")
     parser.add_argument("--seeds", type=int, default=1, help="runs of every variant")
+    parser.add_argument("--share", type=float, default=1.0, help="of the recipes' tokens")
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="a variant; may be repeated; default: all"
+    )
     options = parser.parse_args(arguments)
     runs, out = options.runs.resolve(), options.out.resolve()
     try:
         if options.seeds < 1:
             raise TrainingError(f"--seeds {options.seeds}: need at least 1")
+        if not 0 < options.share <= 1:
+            raise TrainingError(f"--share {options.share}: give a number above 0, at most 1")
         if not TEACHER.is_dir():
             raise TrainingError(f"{TEACHER}: no such folder; make it with: make tiny")
-        jobs = [(variant, seed) for seed in range(options.seeds) for variant in variants()]
+        of_share = runs / f"share-{options.share:g}"
+        chosen = _named(variants(options.share), options.only)
+        jobs = [(variant, seed) for seed in range(options.seeds) for variant in chosen]
         with ThreadPoolExecutor(max_workers=2) as pool:
-            found = list(pool.map(lambda job: run_variant(job[0], runs, job[1]), jobs))
+            found = list(pool.map(lambda job: run_variant(job[0], of_share, job[1]), jobs))
         study = {
             "git_commit": git_commit(),
             "teacher": sample(TEACHER, runs / "teacher", NUM_PROBLEMS, NUM_SAMPLES),
+            "share": options.share,
             "num_problems": NUM_PROBLEMS,
             "num_samples": NUM_SAMPLES,
             "variants": found,

@@ -65,6 +65,7 @@ function describe(data, at) {
     dot.style.background = line.colour;
     let text = `${line.name}: ${line.y[i]}${data.unit}`;
     if (line.low.length) text += ` (${line.low[i]} to ${line.high[i]})`;
+    if (line.front[i]) text += ", on the Pareto front";
     row.append(dot, text);
     rows.push(row);
   }

@@ -15,7 +15,7 @@ from lm_eval_tasks.figures import Figure, Series
 from lm_eval_tasks.html_report import figure_html, page, table_html
 from lm_eval_tasks.jsonl import write_atomically
 from lm_eval_tasks.plots import draw_figures
-from lm_eval_tasks.tables import Table
+from lm_eval_tasks.tables import Table, what_was_run
 
 _DEFAULT_ERRORS = [0.2, 0.1, 0.05, 0.01, 0.0]
 
@@ -109,8 +109,11 @@ class _Report:
     runs: Sequence[dict[str, Any]]
 
     def tables(self) -> list[Table]:
-        """Return what stopping saves, and what the saved time buys."""
-        return [self._stopping(), self._equal_accuracy()]
+        """Return what stopping saves, what the saved time buys, and what it was replayed on."""
+        facts = [{"name": run["run"], "facts": run["facts"]} for run in self.runs]
+        regimes = {run["config"]["regime"] for run in self.runs}
+        regime = "latency" if "latency" in regimes else "saturated"
+        return [self._stopping(), self._equal_accuracy(), what_was_run(regime, facts)]
 
     def _stopping(self) -> Table:
         rows = []

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lm_eval_tasks.commands.report import add_analysis_arguments, settings_of
@@ -13,6 +13,15 @@ from lm_eval_tasks.jsonl import read_object
 from lm_eval_tasks.report import build_results, write_report
 from lm_eval_tasks.sampling.runner import REGIMES
 
+DEFAULT_ROUNDS = 3
+#: Arguments of vLLM's EngineArgs that decide how much memory a model has; equal for all models.
+MEMORY_ARGUMENTS = (
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "num_gpu_blocks_override",
+    "cpu_offload_gb",
+    "kv_offloading_size",
+)
 _PASSED_ON = ("temperature", "top_p", "max_tokens", "seed", "data_file", "chat_template")
 
 
@@ -24,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="PATH[,name=NAME][,KEY=VALUE...]",
         help="folder or hub name; give it twice or more, the first is the baseline; tokenizer= and "
-        "vLLM's EngineArgs for this model alone, for example max_num_seqs=64",
+        "vLLM's EngineArgs for this model alone, for example max_num_seqs=64; arguments of memory "
+        "are the same for all",
     )
     parser.add_argument("--task", required=True, help="as in thinkfast-eval sample")
     parser.add_argument("--num-samples", type=int, default=64, metavar="N", help="(%(default)s)")
@@ -46,9 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds",
         type=int,
-        default=2,
         help="turns in which the models take their parts, in alternating order; each starts the "
-        "engine anew (%(default)s)",
+        "engine anew; reports show how far their speeds differ (that of the folder, if it holds "
+        f"this comparison, else {DEFAULT_ROUNDS})",
     )
     parser.add_argument("--out", type=Path, default=Path("compare"), help="folder (%(default)s)")
     parser.add_argument("--title", default="Comparison")
@@ -126,9 +136,10 @@ def _plan(options: argparse.Namespace) -> Plan:
     for name in names:
         if names.count(name) > 1:
             stop(f"--model: two models are named {name}; tell them apart with ,name=...")
+    rounds = _rounds(options)
     for flag, value in (
         ("--num-samples", options.num_samples),
-        ("--rounds", options.rounds),
+        ("--rounds", rounds),
         ("--limit", options.limit),
         ("--latency-limit", options.latency_limit),
         *(("--batch-sizes", size) for size in options.batch_sizes),
@@ -142,12 +153,20 @@ def _plan(options: argparse.Namespace) -> Plan:
         if not mark or not key:
             stop(f"--engine-args {pair}: need KEY=VALUE")
         engine_args[key] = value
+    _check_memory(models, engine_args)
     num_problems = _num_problems(options, models[0])
-    if options.rounds > options.num_samples and "saturated" in num_problems:
-        stop(f"--rounds {options.rounds}: more than the {options.num_samples} samples to divide")
-    if options.rounds > num_problems.get("latency", options.rounds):
+    if rounds > options.num_samples and "saturated" in num_problems:
+        count = options.num_samples
+        stop(
+            f"--rounds {rounds}: more than the {count} samples to divide; give --rounds {count} or "
+            "fewer"
+        )
+    if rounds > num_problems.get("latency", rounds):
         count = num_problems["latency"]
-        stop(f"--rounds {options.rounds}: more than the {count} problems to divide")
+        stop(
+            f"--rounds {rounds}: more than the {count} problems to divide; give --rounds {count} "
+            "or fewer"
+        )
     if options.seed is None and not _began_with_seeds(options.out):
         options.seed = UNSEEDED
     sampling: list[str] = []
@@ -160,7 +179,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         task=options.task,
         num_samples=options.num_samples,
         num_problems=num_problems,
-        rounds=options.rounds,
+        rounds=rounds,
         sampling=sampling,
         engine_args=engine_args,
         rewards=list(options.reward_model),
@@ -168,6 +187,45 @@ def _plan(options: argparse.Namespace) -> Plan:
         speed_tokens=(options.speed_tokens[0], options.speed_tokens[1]),
         folder=options.out,
     )
+
+
+def _rounds(options: argparse.Namespace) -> int:
+    """Return the number of rounds; a comparison that was begun with another default keeps it."""
+    if options.rounds is not None:
+        return int(options.rounds)
+    path = options.out / PLAN
+    stored = read_object(path).get("rounds") if path.exists() else None
+    return stored if isinstance(stored, int) else DEFAULT_ROUNDS
+
+
+def _check_memory(models: Sequence[Model], engine_args: Mapping[str, str]) -> None:
+    """Refuse models with more memory than others: more samples would run at once.
+
+    Raises:
+        InputError: an argument of memory differs between two models.
+    """
+    given = []
+    for model in models:
+        both = {**engine_args, **model.engine_args}
+        given.append({key.replace("-", "_"): value for key, value in both.items()})
+    for key in MEMORY_ARGUMENTS:
+        first = given[0].get(key)
+        for model, arguments in zip(models, given, strict=True):
+            if _number(arguments.get(key)) != _number(first):
+                values = [f"{key}={v}" if v else f"no {key}" for v in (first, arguments.get(key))]
+                stop(
+                    f"--model {model.path}: {model.name} has {values[1]} and {models[0].name} has "
+                    f"{values[0]}; all models of a comparison get the same memory: give "
+                    f"{key}=VALUE once, with --engine-args"
+                )
+
+
+def _number(value: str | None) -> float | str | None:
+    """Read a value, so that 0.5 and 0.50 are the same."""
+    try:
+        return None if value is None else float(value)
+    except ValueError:
+        return value
 
 
 def _began_with_seeds(folder: Path) -> bool:

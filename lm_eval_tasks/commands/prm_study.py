@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_eval_tasks.analysis import Settings, load_run
 from lm_eval_tasks.commands.reward import load_and_score
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.estimators import reported_ks
@@ -31,6 +32,7 @@ from lm_eval_tasks.rewards.scores import read_scores, reward_names
 from lm_eval_tasks.rewards.spec import parse_spec
 from lm_eval_tasks.samples import SampleStore
 from lm_eval_tasks.scored import load_scored
+from lm_eval_tasks.tables import what_was_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME|SPEC",
         help="name of scores in the runs, or a reward model as for thinkfast-eval reward; give "
-        "several to swap them (all scores that every run has)",
+        "several to swap them: losses are against the first (all scores that every run has)",
     )
     parser.add_argument(
         "--aggregation",
@@ -242,10 +244,12 @@ def _write(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         stop(f"--out {folder}: cannot be made ({error.strerror})")
+    runs = [load_run(path, Settings()) for path in options.runs]
     document = {
         "command": options.command_line,
         "settings": {
             "rewards": list(rewards),
+            "reference": {"reward": rewards[0], "aggregation": options.aggregation},
             "aggregation": options.aggregation,
             "k": k,
             "ks": list(study.ks),
@@ -255,11 +259,15 @@ def _write(
         },
         "versions": environment.versions(),
         "git_commit": environment.git_commit(),
-        "runs": results,
+        "runs": [one | {"facts": run.facts} for one, run in zip(results, runs, strict=True)],
     }
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(folder / "prm_study.json", text)
-    table = render(results, k)
+    doubts = what_was_run(
+        "latency" if any(run.config["regime"] == "latency" for run in runs) else "saturated",
+        [{"name": run.name, "facts": run.facts} for run in runs],
+    )
+    table = f"{render(results, k)}\n### {doubts.title}\n\n{doubts.markdown()}"
     write_atomically(folder / "prm_study.md", table)
     if not options.no_figure:
         from lm_eval_tasks.prm_study.figure import draw

@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     """Score the runs and print their tables."""
     results = []
     for folder in options.runs:
-        counts = score_run(folder)
+        counts = score_run(folder, getattr(options, "command_line", None))
         done = f"{counts.num_new} of {counts.num_samples} samples judged now"
         sys.stderr.write(f"{folder}: {done}\n")
         results.append(evaluate_run(folder, options.k, options.reward, options.aggregation))

@@ -5,7 +5,6 @@ bootstraps over problems. Random conditions are repeated and averaged per proble
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -127,7 +126,7 @@ def evaluate(
     tables: Mapping[tuple[str, str], ScoreTable],
     base: Baselines,
     study: Study,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, Floats]]:
     """Return what the methods are worth under one condition.
 
     Args:
@@ -140,7 +139,7 @@ def evaluate(
     Returns:
         ``auroc`` (mean over the problems where it is defined), and per method and k the value, its
         difference to the majority vote with interval, the spread over repeats and the Monte Carlo
-        error.
+        error; and per method the (P, K) values of the problems, averaged over repeats.
     """
     table = _scores_of(condition, problems, tables)
     spread = log_odds_spread(table)
@@ -181,7 +180,7 @@ def evaluate(
     monte_carlo = np.sqrt((errors**2).sum(axis=(0, 1))) / (repeats * len(problems))
     for i, k in enumerate(study.ks):
         result["weighted_bon"][str(k)]["monte_carlo_error"] = float(monte_carlo[i])
-    return result
+    return result, {method: found.mean(axis=0) for method, found in values.items()}
 
 
 def _scores_of(
@@ -241,11 +240,13 @@ def study_run(
     """
     outcomes = list(problems.values())
     base = baselines(outcomes, study.ks)
-    results = []
+    results, values = [], []
     for condition in chosen:
-        results.append(evaluate(condition, outcomes, tables, base, study))
+        result, of_problems = evaluate(condition, outcomes, tables, base, study)
+        results.append(result)
+        values.append(of_problems)
         report()
-    _add_losses(results, study.ks)
+    _add_losses(results, values, study.ks)
     counts = [len(one.classes) for one in outcomes]
     return {
         "num_problems": len(outcomes),
@@ -263,16 +264,33 @@ def _curve(values: Floats, ks: Sequence[int]) -> dict[str, Any]:
     return {str(k): as_dict(found[i]) for i, k in enumerate(ks)}
 
 
-def _add_losses(results: Sequence[dict[str, Any]], ks: Sequence[int]) -> None:
-    """Add to degraded conditions what they lose against the same reward's clean scores."""
-    clean = {
-        (one["reward"], one["aggregation"]): one for one in results if one["family"] == "clean"
-    }
-    for one in results:
-        reference = clean.get((one["reward"], one["aggregation"]))
-        if reference is None:
-            continue
-        for method in METHODS:
-            for k in map(str, ks):
-                loss = reference[method][k]["value"] - one[method][k]["value"]
-                one[method][k]["loss"] = loss if math.isfinite(loss) else None
+def _add_losses(
+    results: Sequence[dict[str, Any]], values: Sequence[Mapping[str, Floats]], ks: Sequence[int]
+) -> None:
+    """Add what each condition loses, problem by problem, with intervals.
+
+    ``loss_to_reference``, of every condition but the reference: against the clean scores of the
+    first reward under the main aggregation. For another reward this is the loss of the swap.
+    ``loss_to_own_clean``, of degraded conditions: against the clean scores of the same reward.
+
+    Args:
+        results: of `evaluate`; the reference is the first one with clean scores.
+        values: of `evaluate`, in the same order.
+        ks: subset sizes.
+    """
+    clean: dict[tuple[str, str], Mapping[str, Floats]] = {}
+    for one, own in zip(results, values, strict=True):
+        if one["family"] == "clean":
+            clean[one["reward"], one["aggregation"]] = own
+    reference = next(iter(clean.values()), None)
+    for one, own in zip(results, values, strict=True):
+        compared = {}
+        if reference is not None and own is not reference:
+            compared["loss_to_reference"] = reference
+        if one["family"] != "clean" and (one["reward"], one["aggregation"]) in clean:
+            compared["loss_to_own_clean"] = clean[one["reward"], one["aggregation"]]
+        for name, before in compared.items():
+            for method in METHODS:
+                losses = bootstrap(before[method] - own[method])  # the same draws for both
+                for k, loss in zip(ks, losses, strict=True):
+                    one[method][str(k)][name] = as_dict(loss)

@@ -8,11 +8,12 @@ from lm_eval_tasks.prm_study.evaluate import METHODS
 _NOTE = (
     "Percent; differences in percentage points with paired 95 % bootstrap intervals over problems. "
     "AUROC: within a problem, over the problems that have right and wrong solutions. Loss: against "
-    "the clean scores of the same reward and aggregation."
+    "the reference, the first row, problem by problem; with the clean scores of another reward "
+    "it is the loss of the swap. Below 0 it is a gain."
 )
 _HEAD = (
     "| scores | AUROC | bon@{k} | - maj@{k} (95 %) | weighted_bon@{k} | - maj@{k} (95 %) "
-    "| loss, bon | loss, weighted |"
+    "| loss, bon (95 %) | loss, weighted (95 %) |"
 )
 
 
@@ -57,9 +58,8 @@ def _row(one: dict[str, Any], k: int) -> str:
         found = one[method][str(k)]
         cells += [_percent(found["value"]), _interval(found["minus_majority"], is_signed=True)]
     for method in METHODS:
-        loss = one[method][str(k)].get("loss")
-        is_clean = one["family"] == "clean"
-        cells.append("" if loss is None or is_clean else _percent(loss, is_signed=True))
+        loss = one[method][str(k)].get("loss_to_reference")
+        cells.append("reference" if loss is None else _interval(loss, is_signed=True))
     return "| " + " | ".join(cells) + " |"
 
 

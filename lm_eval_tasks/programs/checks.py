@@ -38,7 +38,7 @@ class Checks:
         """
         try:
             found = cls(**json.loads(gold))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RecursionError):
             raise ValueError(f"the gold answer {gold[:40]!r} does not describe tests") from None
         fault = found.fault()
         if fault:

@@ -24,7 +24,11 @@ EXTRACTION = "fence-body-code/1"
 #: Longer programs count as none.
 MAX_PROGRAM_CHARS = 65_536
 
-_FENCE = re.compile(r"^[ \t]*(?P<mark>```+|~~~+)[ \t]*(?P<language>[\w+.-]*)[^`\n]*$", re.MULTILINE)
+# Whether the rest of the line fits is asked afterwards: a condition on it in the pattern would be
+# tried for every length of the mark, the spaces and the language, in quadratic time.
+_FENCE = re.compile(
+    r"^[ \t]*(?P<mark>```+|~~~+)[ \t]*(?P<language>[\w+.-]*)(?P<rest>[^\n]*)", re.MULTILINE
+)
 _PYTHON = frozenset({"python", "python3", "py", "py3"})
 _BEGINNING = re.compile(
     r"^(?:(?:async[ \t]+)?def[ \t]+\w+[ \t]*\(|class[ \t]+\w+[ \t]*[(:]|@\w"
@@ -36,7 +40,8 @@ _BEGINNING = re.compile(
 def extract_program(text: str) -> Extracted:
     """Return the program of a sampled text, by the rules in this module's docstring.
 
-    The time is linear in the text.
+    The time is linear in the text, which is read to its beginning: the block that counts may be
+    followed by any amount of talk. What is found has at most `MAX_PROGRAM_CHARS` characters.
     """
     rules: tuple[tuple[Source, str | None], ...] = (
         ("fence", _last_fence(text)),
@@ -57,6 +62,8 @@ def _last_fence(text: str) -> str | None:
     best: dict[bool, str] = {}
     opened: re.Match[str] | None = None
     for match in _FENCE.finditer(text):
+        if "`" in match["rest"]:
+            continue  # code within a line
         if opened is None:
             opened = match
         elif match["mark"].startswith(opened["mark"]) and not match["language"]:

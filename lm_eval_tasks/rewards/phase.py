@@ -22,6 +22,9 @@ from lm_eval_tasks.rewards.spec import RewardSpec
 from lm_eval_tasks.samples import SampleRecord, SampleStore
 from lm_eval_tasks.sampling.progress import Progress
 
+#: A sample's key, and its place in samples.jsonl.
+_Placed = tuple[tuple[str, int], int]
+
 
 @dataclass
 class PhaseCounts:
@@ -108,9 +111,10 @@ class ScorePhase:
             progress = Progress(counts.num_samples, counts.num_scored, stream)
             progress.start()
             for batch in _batches(self._in_order(list(questions)), batch_size):
-                if all(record.key in done for record in batch):
+                if all(key in done for key, _ in batch):
                     continue
-                for record, num_tokens in self._score(reward, batch, questions):
+                samples = list(self.store.records_at(place for _, place in batch))
+                for record, num_tokens in self._score(reward, samples, questions):
                     if record.key in done:
                         continue  # of a batch that a kill cut
                     lines.append(record.as_dict())
@@ -121,11 +125,14 @@ class ScorePhase:
             progress.end()
         return counts
 
-    def _in_order(self, problem_ids: Sequence[str]) -> list[SampleRecord]:
-        """Return the samples, first sample 0 of every problem: more samples come behind these."""
-        place = {name: number for number, name in enumerate(problem_ids)}
-        records = self.store.records()
-        return sorted(records, key=lambda one: (one.sample_index, place[one.problem_id]))
+    def _in_order(self, problem_ids: Sequence[str]) -> list[_Placed]:
+        """Return where the samples stand, first sample 0 of every problem: more come behind these.
+
+        Their texts, which may be larger than the memory, are read batch by batch.
+        """
+        number = {name: i for i, name in enumerate(problem_ids)}
+        placed = [(record.key, place) for place, record in self.store.placed_records()]
+        return sorted(placed, key=lambda one: (one[0][1], number[one[0][0]]))
 
     def _score(
         self, reward: Reward, batch: Sequence[SampleRecord], questions: Mapping[str, str]
@@ -173,7 +180,9 @@ class ScorePhase:
     def _refuse_other(self, stored_hash: str) -> None:
         differences = ""
         if self.description.is_file():
-            stored, now = read_object(self.description).get("reward", {}), self.spec.identity()
+            stored = read_object(self.description).get("reward", {})
+            now = self.spec.identity()
+            now.setdefault("engine", None)
             differences = "".join(
                 f"; {key} {stored.get(key)!r} there, {value!r} now"
                 for key, value in now.items()
@@ -209,6 +218,6 @@ def _warm_up(reward: Reward) -> float:
     return round(time.perf_counter() - started, 3)
 
 
-def _batches(records: Sequence[SampleRecord], size: int) -> Iterator[Sequence[SampleRecord]]:
-    for start in range(0, len(records), size):
-        yield records[start : start + size]
+def _batches(placed: Sequence[_Placed], size: int) -> Iterator[Sequence[_Placed]]:
+    for start in range(0, len(placed), size):
+        yield placed[start : start + size]

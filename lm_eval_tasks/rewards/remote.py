@@ -182,7 +182,7 @@ class RemoteBackend(Backend):
                 asked_s = min(float(asked), _LONGEST_PAUSE_S) if asked.isdigit() else 0.0
                 if error.code != 429 and error.code < 500:
                     raise ValueError(f"{self.url}{path} refuses the request: {problem}") from error
-            except (OSError, http.client.HTTPException, ValueError) as error:
+            except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
                 problem = f"{type(error).__name__}: {error}"
         raise ValueError(
             f"{self.url}{path}: {problem} (tried {_MAX_TRIES} times); scores written so far are "

@@ -43,6 +43,30 @@ _KNOWN: dict[str, _Known] = {
     "prm-tiny": _Known("rlhflow-deepseek", "line"),
 }
 
+#: Arguments of ``vllm.LLM`` that say where, how fast and in which batches a score is computed. They
+#: change no more than its last digits. Every other one counts as deciding what it is
+#: (quantization, dtype, kv_cache_dtype, hf_overrides, max_model_len, load_format, ...), also one
+#: that this list has not heard of: a score file refused by mistake can be made again, two kinds of
+#: scores in one file cannot be told apart.
+_NEUTRAL_ENGINE_ARGS = frozenset({
+    # memory
+    "gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "block_size",
+    "cpu_offload_gb", "offload_backend", "kv_offloading_size", "kv_offloading_backend",
+    "enable_prefix_caching", "prefix_caching_hash_algo", "enable_sleep_mode",
+    # devices
+    "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "data_parallel_backend",
+    "decode_context_parallel_size", "prefill_context_parallel_size", "enable_expert_parallel",
+    "distributed_executor_backend", "disable_custom_all_reduce", "max_parallel_loading_workers",
+    "device_ids", "nnodes", "node_rank", "master_addr", "master_port", "numa_bind",
+    # batches and speed
+    "max_num_seqs", "max_num_batched_tokens", "max_num_scheduled_tokens", "enable_chunked_prefill",
+    "long_prefill_token_threshold", "scheduling_policy", "async_scheduling", "enforce_eager",
+    "cudagraph_capture_sizes", "max_cudagraph_capture_size",
+    # loading and logs
+    "download_dir", "hf_token", "safetensors_load_strategy", "use_tqdm_on_load",
+    "disable_log_stats", "log_level", "served_model_name",
+})  # fmt: skip
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -92,7 +116,12 @@ class RewardSpec:
         else:
             model = environment.model_id(self.model, self.revision)
         revision = self.revision if self.tokenizer is None else None
-        return {
+        engine = {
+            name: value
+            for name, value in self.engine.items()
+            if name not in _NEUTRAL_ENGINE_ARGS and value is not None
+        }
+        found = {
             "model_id": model,
             "tokenizer_id": environment.model_id(self.tokenizer_source, revision),
             "protocol": self.protocol,
@@ -102,6 +131,8 @@ class RewardSpec:
             "dtype": self.dtype,
             "max_tokens": self.max_tokens,
         }
+        # Without such arguments as it was before they counted: older score files go on.
+        return found | ({"engine": engine} if engine else {})
 
     def hash(self) -> str:
         """Return a short hash of `identity`."""
@@ -194,5 +225,5 @@ def _positive(text: str, key: str, value: str) -> int:
 def _json_or_text(value: str) -> Any:
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value

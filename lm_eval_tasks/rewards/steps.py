@@ -8,7 +8,8 @@ of steps.
 ========== =====================================================================================
 paragraph  ``"\n\n"`` between steps: RLHFlow's Deepseek data, Qwen2.5-Math-PRM, search-and-learn
 line       one line, one step: Math-Shepherd's and RLHFlow's Mistral data, GSM8K, ``arith``
-newline    as ``line``, but blank lines are steps of their own: Skywork-o1's ``prepare_input``
+newline    as ``line``, but blank lines are steps of their own: Skywork-o1's ``prepare_input``,
+           which does not drop the white space around a solution as all variants do here
 step_tag   ``"ки\n"`` ends a step: texts that carry Math-Shepherd's tag, as RLHFlow's test sets do
 ========== =====================================================================================
 """

@@ -244,6 +244,7 @@ class VllmBackend:
                 "prefix_caching": config.cache_config.enable_prefix_caching,
                 "num_cache_blocks": config.cache_config.num_gpu_blocks,
                 "block_size": config.cache_config.block_size,
+                "cache_bytes": _cache_bytes(self.engine),
                 "has_own_process": bool(envs.VLLM_ENABLE_V1_MULTIPROCESSING),
             },
             "num_shortened_problems": self._shortened,
@@ -259,6 +260,20 @@ class VllmBackend:
         if self._waiting:
             self.engine.abort_request(list(self._waiting))
             self._waiting.clear()
+
+
+def _cache_bytes(engine: Any) -> int | None:
+    """Return the bytes of an engine's whole cache; None if its core has a process of its own.
+
+    Since vLLM 0.32 the entries are places in one allocation, each with the size of the whole;
+    before they were allocations.
+    """
+    core = getattr(engine.engine_core, "engine_core", None)
+    if core is None:
+        return None
+    tensors = core.scheduler.kv_cache_config.kv_cache_tensors
+    sizes = [int(tensor.size) for tensor in tensors]
+    return max(sizes) if tensors and hasattr(tensors[0], "layer_stride") else sum(sizes)
 
 
 def start_vllm(

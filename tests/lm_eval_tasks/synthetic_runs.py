@@ -22,13 +22,18 @@ def make_run(
     regime="saturated",
     seed=0,
     reward=None,
+    reward_hash="r",
+    slowness=(1.0,),
+    sessions=(),
     seed_of_run=1234,
     **config,
 ) -> Path:
     """Write a scored run folder.
 
     A sequence makes ``tokens_per_s / sqrt(running)`` tokens per second while ``slots`` or fewer
-    are running; right answers are shorter. ``skill`` is the mean chance of a right answer.
+    are running; right answers are shorter. ``skill`` is the mean chance of a right answer. Each of
+    ``slowness`` is a round, in which everything takes that many times as long; ``sessions`` adds
+    facts to the sessions of the rounds.
     """
     chance = random.Random(seed)
     names = [f"p{i}" for i in range(num_problems)]
@@ -67,17 +72,24 @@ def make_run(
     store = SampleStore(folder)
     version = grading_of(TASK).version_of(TASK_VERSION)
     with store.open(settings, problems):
-        store.append_session(
-            {"session": 0, "startup_s": 20.0, "warmup_s": 2.0, "command": settings["command"]}
-        )
-        if regime == "latency":
-            rows, now = [], 0.0
-            for i in range(0, len(drawn), num_samples):
-                rows += simulate(drawn[i : i + num_samples], slots, tokens_per_s, now)
-                now = rows[-1][-1]
-        else:
-            rows = simulate(drawn, slots, tokens_per_s, 0.0)
-        for (name, index, answer, length), submit, first, finish in rows:
+        rows = []
+        rounds = len(slowness)
+        for number, slow in enumerate(slowness):
+            part, speed = slice_of(drawn, number, rounds), tokens_per_s / slow
+            target = slice_of(drawn, 0, rounds, upto=number)
+            row = {"session": number, "startup_s": 20.0, "warmup_s": 2.0}
+            row |= {"command": settings["command"], "limit": len({one[0] for one in target})}
+            row |= {"num_samples": len({one[1] for one in target})}
+            store.append_session(row | (sessions[number] if number < len(sessions) else {}))
+            if regime == "latency":
+                now = 0.0
+                for i in range(0, len(part), num_samples):
+                    timed = simulate(part[i : i + num_samples], slots, speed, now)
+                    now = timed[-1][-1]
+                    rows += [(number, *one) for one in timed]
+            else:
+                rows += [(number, *one) for one in simulate(part, slots, speed, 0.0)]
+        for session, (name, index, answer, length), submit, first, finish in rows:
             store.append(
                 SampleRecord(
                     problem_id=name,
@@ -88,14 +100,15 @@ def make_run(
                     num_prompt_tokens=50,
                     num_cached_tokens=32 if index else 0,
                     finish_reason="length" if length == 200 else "stop",
-                    session=0,
+                    session=session,
                     submit_s=submit,
                     first_token_s=first,
                     finish_s=finish,
                     config_hash=store.config_hash,
                 )
             )
-        store.append_session({"session": 0, "num_preemptions": 0, "mean_running": 5.0})
+        for number in range(rounds):
+            store.append_session({"session": number, "num_preemptions": 0, "mean_running": 5.0})
     with JsonLines(folder / VERDICTS) as lines:
         for name, index, answer, _ in drawn:
             lines.append(
@@ -123,11 +136,17 @@ def make_run(
                         "sample_index": index,
                         "step_scores": [score],
                         "seconds": 0.02,
-                        "reward_hash": "r",
+                        "reward_hash": reward_hash,
                         "unscored": None,
                     }
                 )
     return folder
+
+
+def slice_of(drawn, number, rounds, upto=None):
+    """Return the samples of a round, or of those up to another."""
+    last = number if upto is None else upto
+    return drawn[len(drawn) * number // rounds : len(drawn) * (last + 1) // rounds]
 
 
 def simulate(drawn, slots, tokens_per_s, now):

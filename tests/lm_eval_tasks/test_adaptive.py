@@ -131,6 +131,15 @@ def test_adaptive_command(tmp_path, capsys):
     assert "| model | 0.1 |" in shown
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["adaptive-model.png", "adaptive.html", "adaptive.json", "adaptive.md"]
+    for name in ("adaptive.md", "adaptive.html"):
+        text = (tmp_path / "out" / name).read_text()
+        for needed in (
+            "cut at the token limit",
+            "no answer found",
+            "prompt tokens from the prefix cache",
+            "effective batch size",
+        ):
+            assert needed in text, (name, needed)
     numbers = json.loads((tmp_path / "out" / "adaptive.json").read_text())
     levels = numbers["runs"][0]["levels"]
     assert [level["error"] for level in levels] == [0.1, 0.0]

@@ -19,9 +19,11 @@ from lm_eval_tasks.answers import (
     equivalent_many,
     extract_answer,
     normalise,
+    number_in_words,
     parse_number,
     same_number_many,
 )
+from lm_eval_tasks.voting import group_answers
 from lm_eval_tasks.workers import WorkerPool
 
 #: Groups of cases, each with the source that the group stands for.
@@ -133,6 +135,41 @@ def test_extract_answer_is_bounded_on_a_megabyte(unit: str) -> None:
     normalise(text)
     assert time.monotonic() - start < 5
     assert len(extracted.answer or "") <= MAX_TEXT_CHARS
+
+
+@pytest.mark.parametrize(
+    ("begin", "filler", "end"),
+    [
+        ("#### 1", " ", "x"), ("#### 1%.", "\t", "x"), ("#### ", "1", "x"), ("#### $", "\n", "x"),
+        ("#### 1", ",111", "x"), ("", "#", "x"), ("1", " ", "x"), ("1/", " ", "x"), ("$", " ", "x"),
+        ("a", "1", ""), ("answer", " ", "x"), ("answer is", " ", "x"), ("\\boxed", " ", "x"),
+        ("\\boxed{", "a ", "1}"), ("\\boxed{", "\\text{}", "}"), ("\\boxed{(", "a\u00a0 ", "1}"),
+        ("\\boxed{1", ",111", "1}"), ("\\boxed{\\text{", "a", "}"), ("\\boxed{", " !", "}"),
+    ],
+)  # fmt: skip
+def test_an_almost_matching_text_takes_no_longer(begin: str, filler: str, end: str) -> None:
+    """Repeats that overlap are tried in all their divisions: many seconds at this length."""
+    length = MAX_TEXT_CHARS - len(begin) - len(end)
+    text = begin + (filler * length)[:length] + end
+    start = time.process_time()
+    answer = extract_answer(text).answer or text
+    normalise(answer)
+    number_in_words(answer)
+    group_answers([answer])
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("#### 7", "7"), ("#### 7 %", "7"), ("#### 7 %. ", "7"), ("#### 7 . ", "7"),
+        ("####7\t.", "7"), ("#### 7 . .", None), ("#### 7 .%", None), ("#### 7 %%", None),
+        ("#### 7 x", None),
+    ],
+)  # fmt: skip
+def test_the_end_of_a_hash_line(line: str, answer: str | None) -> None:
+    found = extract_answer(f"so\n{line}\nend")
+    assert (found.answer if found.source == "hash" else None) == answer
 
 
 @given(st.text(alphabet="{}\\boxed 123$#answeri:.\n", max_size=300))

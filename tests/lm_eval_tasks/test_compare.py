@@ -194,7 +194,7 @@ def test_compare_command_reports(tmp_path, monkeypatch, capsys):
     command += ["--regime", "latency", "saturated"]
     assert main(command) == 0
     text = (out / "report" / "report.md").read_text()
-    assert "took turns on one machine; rounds: 2, each with its part" in text
+    assert "took turns on one machine; rounds: 3, each with its part" in text
     assert "python -m lm_eval_tasks.cli sample --model x/a --name a" in text
     assert text.count("### Seconds until the accuracy of a") == 2, "one for each regime"
     assert "saturated: of the samples of each problem, latency: of the problems" in text
@@ -205,14 +205,47 @@ def test_compare_command_dry_run(tmp_path, capsys):
     command = ["compare", "--model", "x/a", "--model", "x/b", "--task", "arith", "--limit", "4"]
     assert main([*command, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5, "two rounds of two models, and grading"
+    assert len(lines) == 7, "three rounds of two models, and grading"
     assert lines[0].startswith("python -m lm_eval_tasks.cli sample --model x/a --name a")
     assert not (tmp_path / "out").exists()
+
+
+def test_compare_command_keeps_the_rounds_of_its_folder(tmp_path, monkeypatch, capsys):
+    """A comparison that an earlier version began with two rounds goes on with two."""
+    command = ["compare", "--model", "x/a", "--model", "x/b", "--task", "arith", "--limit", "4"]
+    command += ["--out", str(tmp_path), "--dry-run"]
+    (tmp_path / "compare.json").write_text('{"rounds": 2}')
+    assert main(command) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 * 2 + 1
+    assert main([*command, "--rounds", "1"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 1
+
+
+def test_compare_command_accepts_equal_memory(tmp_path, capsys):
+    command = ["compare", "--model", "x/a,gpu_memory_utilization=0.50", "--model", "x/b"]
+    command += ["--engine-args", "gpu-memory-utilization=0.5", "--task", "arith", "--limit", "4"]
+    assert main([*command, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert "gpu-memory-utilization=0.5" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--model", "a", "--model", "b,gpu_memory_utilization=0.5"],
+            "--model b: b has gpu_memory_utilization=0.5 and a has no gpu_memory_utilization; all",
+        ),
+        (
+            ["--model", "a,kv_cache_memory_bytes=1000", "--model", "b,kv-cache-memory-bytes=2000"],
+            "b has kv_cache_memory_bytes=2000 and a has kv_cache_memory_bytes=1000",
+        ),
+        (
+            [
+                *("--model", "a", "--model", "b,num_gpu_blocks_override=9"),
+                *("--engine-args", "num_gpu_blocks_override=8"),
+            ],
+            "give num_gpu_blocks_override=VALUE once, with --engine-args",
+        ),
         (["--model", "a"], "need at least two to compare"),
         (["--model", "x/a", "--model", "y/a"], "two models are named a"),
         (["--model", "a", "--model", "b,name"], "'name' is no KEY=VALUE"),
@@ -221,6 +254,7 @@ def test_compare_command_dry_run(tmp_path, capsys):
         (["--model", "a", "--model", "b,dtype=x,dtype=y"], "dtype is given twice"),
         (["--model", "a", "--model", "b", "--num-samples", "0"], "--num-samples 0"),
         (["--model", "a", "--model", "b", "--num-samples", "3", "--rounds", "4"], "--rounds 4"),
+        (["--model", "a", "--model", "b", "--num-samples", "2"], "give --rounds 2 or fewer"),
         (["--model", "a", "--model", "b", "--batch-sizes", "0"], "--batch-sizes 0"),
         (["--model", "a", "--model", "b", "--latency-limit", "3"], "add --regime latency"),
         (["--model", "a", "--model", "b", "--reward-model", "x"], "say how it is read with proto"),

@@ -34,6 +34,8 @@ def test_read_local_rows_drops_fields_that_not_every_row_has(tmp_path: Path) -> 
     ("line", "message"),
     [
         ("{not json", "not JSON (Expecting property name enclosed in double quotes at column 2)"),
+        ("[" * 20_000, "not JSON (maximum recursion depth exceeded"),
+        ("1" * 5_000, "not JSON (Exceeds the limit"),
         ("[1, 2]", "need a JSON object with 'question', 'answer', got list"),
         ('{"answer": "#### 1"}', "no field 'question'; need 'question', 'answer', got 'answer'"),
         ('{"question": 3, "answer": "#### 1"}', "field 'question' must be of type str, got int"),

@@ -69,6 +69,8 @@ NONE = "I do not know."
         ("   \n\n", (None, None)),
         ("definitely not\nimported from a class of\nfrom what I know\n@ home", (None, None)),
         ("```python\n" + "#" * MAX_PROGRAM_CHARS + "\n```", (None, None)),
+        ("```python\na = 1\n```\n" + "so\n" * MAX_PROGRAM_CHARS, ("a = 1\n", "fence")),
+        ("```python `a`\n```py \tx=1 ~\na = 1\n~~~\n``` `\n```", ("a = 1\n~~~\n``` `\n", "fence")),
     ],
 )
 def test_extract_program(text: str, expected: tuple[str | None, str | None]) -> None:
@@ -80,6 +82,16 @@ def test_extraction_is_linear() -> None:
     for text in ("```" * 300_000, "```\n" * 200_000, " " * 1_000_000, "def \n" * 200_000):
         extract_program(text)
     assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("filler", ["a", " ", "\t", "`", "~", "`~", ".", "a "])
+@pytest.mark.parametrize("begin", ["```", "~~~", "  ```py ", "def ", "class a", "from "])
+def test_an_almost_fitting_line_takes_no_longer(begin: str, filler: str) -> None:
+    """Repeats that overlap are tried in all their divisions: many seconds at this length."""
+    text = begin + filler * (MAX_PROGRAM_CHARS // len(filler)) + " `"
+    start = time.process_time()
+    extract_program(text)
+    assert time.process_time() - start < 1
 
 
 # -- the gold answer -------------------------------------------------------------------------------
@@ -98,6 +110,7 @@ def test_checks() -> None:
         (Checks("def check(f):\n    assert f(1)", "f()").to_gold(), "entry_point is 'f()'"),
         (Checks("assert 1", prompt="def f(:").to_gold(), "prompt is not Python"),
         ('{"tests": 1}', "tests is of type int"),
+        ("[" * 20_000, "does not describe tests"),
     ):
         assert fault in (PROGRAM.check_gold(gold) or ""), gold
 

@@ -65,6 +65,7 @@ def test_report_files(report):
 def test_report_shows_what_lets_a_reader_doubt(report):
     text = (report / "report.md").read_text()
     for needed in (
+        "thinkfast-eval score",
         "cut at the token limit",
         "no answer found",
         "prompt tokens from the prefix cache",
@@ -76,9 +77,11 @@ def test_report_shows_what_lets_a_reader_doubt(report):
         '"vllm": "0.32.0"',
         "simulated",
         "start-up and warm-up, excluded",
+        "| cache for keys, values and states | unknown | unknown |",
+        "| one round: no spread |",
         "| seed of the samples | 1234 | 1234 |",
         "vLLM draws samples that have seeds one by one",
-        "(range for decoding), drawn with seeds.",
+        "per sequence, drawn with seeds.",
         "Reward model seconds are as measured, one run after another",
     ):
         assert needed in text, needed
@@ -178,6 +181,11 @@ def test_report_points_as_csv(report):
         if (row["group"], row["figure"]) == ("arith-saturated", "coverage-vs-k")
         and (row["series"], row["x"]) == ("student", "4")
     ]
+    assert found["on_front"] == "", "fronts are over seconds"
+    timed = [row for row in rows if row["figure"] == "coverage-vs-seconds"]
+    marked = {(r["series"], round(float(r["x"]), 6)) for r in timed if r["on_front"] == "1"}
+    front = [p for p in results["groups"][0]["fronts"] if p["method"] == "coverage"]
+    assert marked == {(p["run"], round(p["seconds"], 6)) for p in front} != set()
     expected = results["groups"][0]["runs"][1]["metrics"]["pass@4"]
     assert float(found["y"]) == pytest.approx(expected["value"])
     assert float(found["low"]) == pytest.approx(expected["low"])
@@ -236,6 +244,29 @@ def test_report_bad_input(runs, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_report_shows_the_front(tmp_path):
+    """A fast model that stays behind a slow one: each has its time."""
+    make_run(tmp_path / "slow", num_samples=16, skill=0.8, tokens_per_s=60, seed=1)
+    make_run(tmp_path / "fast", num_samples=16, skill=0.3, tokens_per_s=600, seed=2)
+    folders, out = [str(tmp_path / name) for name in ("slow", "fast")], tmp_path / "out"
+    assert main(["report", *folders, "--out", str(out), "--no-png", *FAST]) == 0
+    (group,) = json.loads((out / "results.json").read_text())["groups"]
+    points = [p for p in group["fronts"] if p["method"] == "maj"]
+    assert (points[0]["run"], points[-1]["run"]) == ("fast", "slow")
+    text = (out / "report.md").read_text()
+    table = text[text.index("### Pareto front") :].split("###")[1]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| majority |")]
+    assert (rows[0][1], rows[-1][1]) == ("fast", "slow")
+    assert rows[0][2].startswith(f"{points[0]['seconds']:.3g} to ")
+    assert rows[-1][2].endswith(f" to {points[-1]['seconds']:.3g}")
+    page = (out / "report.html").read_text()
+    assert "<h3>Pareto front</h3>" in page
+    assert page.count(">Pareto front</text>") == 2, "over the two figures against seconds"
+    (block,) = re.findall(r'id="points">(.*?)</script>', page, flags=re.DOTALL)
+    fronts = [line["front"] for figure in json.loads(block) for line in figure["series"]]
+    assert sum(map(sum, fronts)) == len(group["fronts"])
+
+
 def test_report_of_runs_without_seeds(tmp_path):
     make_run(tmp_path / "a", seed_of_run=None)
     make_run(tmp_path / "b", seed=2)
@@ -269,9 +300,3 @@ def test_reward_seconds_are_one_price_per_token(tmp_path):
     shown = tables_of(group, 0.95)[0].markdown()
     assert "| the same as measured | 0.0255 | 0.0765 |" in shown
     assert "one price per token that it read" in shown
-    # Another reward model under the same name has prices of its own.
-    path.write_text(path.read_text().replace('"reward_hash": "r"', '"reward_hash": "other"'))
-    runs[1] = load_run(tmp_path / "b", Settings(reward="prm"))
-    (group,) = analyse(runs, Settings(reward="prm", draws=100, num_orders=8))
-    facts = [run["facts"] for run in group["runs"]]
-    assert [fact["reward_s_per_sample"] for fact in facts] == pytest.approx(measured)

@@ -158,10 +158,11 @@ def test_long_torn_line(tmp_path: Path) -> None:
 
 def test_repair_leaves_other_files_alone(tmp_path: Path) -> None:
     file = fill(tmp_path)
-    file.write_text("notes of mine, without a newline")
-    with pytest.raises(ValueError, match="no torn object"):
-        SampleStore(tmp_path).repair()
-    assert file.read_text() == "notes of mine, without a newline"
+    for text in ("notes of mine, without a newline", '{"a": ' + "[" * 20_000):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="no torn object"):
+            SampleStore(tmp_path).repair()
+        assert file.read_text() == text
 
 
 # -- what is refused ------------------------------------------------------------------------------
@@ -200,7 +201,16 @@ def test_a_bad_line_is_refused_with_its_number(tmp_path: Path, change: Any, mess
 
 
 @pytest.mark.parametrize(
-    "line", [b'{"problem_id": \n', b"[]\n", b"\n", b"\xff\xfe\n", b'{"problem_id": "t/0"}\n']
+    "line",
+    [
+        b'{"problem_id": \n',
+        b'{"text": ' + b"[" * 20_000 + b"\n",
+        b'{"text": ' + b"[" * 900 + b"]" * 900 + b"}\n",
+        b"[]\n",
+        b"\n",
+        b"\xff\xfe\n",
+        b'{"problem_id": "t/0"}\n',
+    ],
 )
 def test_a_malformed_line_in_the_middle_is_refused(tmp_path: Path, line: bytes) -> None:
     file = fill(tmp_path)
@@ -255,6 +265,7 @@ def test_damaged_and_missing_config(tmp_path: Path) -> None:
         (text.replace("some model_id", "other"), "its fields give"),
         (text[:40], "not JSON"),
         ("[]", "need a JSON object"),
+        ("[" * 20_000, "not JSON .maximum recursion depth"),
         ("{}", "fields missing"),
     ):
         file.write_text(damaged)

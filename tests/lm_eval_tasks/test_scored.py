@@ -1,6 +1,7 @@
 """``thinkfast-eval score`` on run folders: verdicts, classes, resuming, tables, and mistakes."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lm_eval_tasks import verdicts
 from lm_eval_tasks.cli import main
 from lm_eval_tasks.errors import InputError
 from lm_eval_tasks.samples import SampledText, SampleRecord
-from lm_eval_tasks.scored import finish_times, load_scored
+from lm_eval_tasks.scored import finish_times, load_scored, load_scored_run
 from lm_eval_tasks.scoring import NUMBER
 from lm_eval_tasks.verdicts import read_classes, read_verdicts, score_run
 
@@ -147,6 +148,23 @@ def test_score_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "no answer 12.5%, truncated 12.5%" in out
     lines = [line.split() for line in out.splitlines()]
     assert ["4", "1.0000", "+-", "0.0000", "0.7500", "+-", "0.2500"] in lines
+
+
+def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
+    """500 problems x 256 samples are hundreds of MB of text, of which only the number counts."""
+    texts = [f"{'x' * 100_000}\n#### {i // 2}" for i in range(200)]
+    folder = write_run(tmp_path / "run", {"gsm8k/0": "7", "gsm8k/1": "8"},
+                       {"gsm8k/0": texts, "gsm8k/1": ["#### 0", "#### \ud800"]})  # fmt: skip
+    score_run(folder)
+    tracemalloc.start()
+    try:
+        run = load_scored_run(folder)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < sum(map(len, texts)) / 4
+    assert len(run.records) == 202
+    assert run.num_distinct_texts == 102
 
 
 def _break_gold(folder: Path, gold: str) -> None:

@@ -72,7 +72,12 @@ def test_continues_after_kill_9_with_the_same_statistics(
     assert not (killed / "report").exists()
     kept = {path: path.read_bytes() for path in killed.glob("runs/*/*/samples.jsonl")}
 
-    assert run([*options, "--out", str(killed)]) == 0
+    published = tmp_path / "published"
+    assert run([*options, "--out", str(killed), "--results", str(published)]) == 0
+    names = {str(path.relative_to(published)) for path in published.rglob("*") if path.is_file()}
+    assert {"report.md", "report.html", "results.json", "points.csv"} <= names
+    assert "figures/arith-saturated/majority-vs-k.png" in names
+    assert not [name for name in names if "overview" in name]
     for path, content in kept.items():
         assert path.read_bytes().startswith(content.rpartition(b"\n")[0]), "drawn once"
     assert num_drawn(killed) == num_drawn(whole) == NUM_SAMPLES
@@ -87,6 +92,7 @@ def test_continues_after_kill_9_with_the_same_statistics(
     teacher = expected["saturated/llama-tiny"]
     shown = " | ".join(f"{100 * teacher[key]['value']:.1f} %" for key in ("pass@1", "pass@4"))
     assert f"| llama-tiny | {shown} | " in printed
+    assert (whole / "report" / "points.csv").read_text().count("\n") > 100
     names = {path.name for path in (whole / "report" / "figures").glob("*/*.png")}
     assert {
         "coverage-vs-k.png",

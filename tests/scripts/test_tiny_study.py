@@ -13,7 +13,7 @@ from scripts.tiny_models import RECIPES
 from scripts.tiny_study import BATCH_TOKENS, STAGES, Variant, draw, tables, variants
 from thinkfast_distill.config import load
 
-VARIANTS = variants()
+VARIANTS = variants(1.0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
@@ -39,6 +39,50 @@ def test_variants_have_the_same_budget(kind: str) -> None:
     assert len(of_kind) >= 2
     assert len({sum(v.tokens.values()) for v in of_kind}) == 1
     assert [v.name for v in of_kind if v.with_stages] == [kind]
+
+
+def test_whole_budgets_are_the_recipes() -> None:
+    """In whole batches, which is what the trainer does with any budget."""
+    for variant in VARIANTS:
+        shipped = {stage.name: stage.tokens for stage in load(RECIPES / variant.recipe).stages}
+        if set(shipped) == set(variant.tokens):
+            for name, tokens in variant.tokens.items():
+                assert 0 <= tokens - shipped[name] < BATCH_TOKENS
+
+
+@pytest.mark.parametrize("share", [1e-9, 0.25])
+def test_share_of_the_budgets(share: float) -> None:
+    for variant, whole in zip(variants(share), VARIANTS, strict=True):
+        for name, tokens in variant.tokens.items():
+            assert tokens % BATCH_TOKENS == 0
+            assert tokens >= max(BATCH_TOKENS, share * whole.tokens[name])
+            assert tokens <= share * whole.tokens[name] + 3 * BATCH_TOKENS
+
+
+@pytest.mark.parametrize("share", ["0", "-1", "1.5", "nan"])
+def test_bad_share_is_refused(share: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny_study.main(["--share", share]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --share {float(share)}: give a number")
+
+
+def test_unknown_variant_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny_study.main(["--only", "hybrid", "--only", "Llama"]) == 2
+    assert capsys.readouterr().err.startswith("error: --only 'Llama': the variants are Llamba; ")
+
+
+def test_chosen_variants(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run(variant: Variant, runs: Path, seed: int) -> dict[str, Any]:
+        assert runs.name == "share-0.5"
+        return _result(variant.name, seed, 0.5, 0.4, whole=variant.with_stages)
+
+    passk = {"pass@1": 0.6, "pass@1_stderr": 0.03, "pass@16": 0.9, "pass@16_stderr": 0.01}
+    monkeypatch.setattr(tiny_study, "run_variant", run)
+    monkeypatch.setattr(tiny_study, "sample", lambda *arguments: passk)
+    words = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--share", "0.5"]
+    assert tiny_study.main([*words, "--only", "hybrid", "--only", "Llamba"]) == 0
+    study = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert [result["name"] for result in study["variants"]] == ["Llamba", "hybrid"]
+    assert study["share"] == 0.5
 
 
 def _result(name: str, seed: int, kl: float, pass_1: float, *, whole: bool) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """The command ``thinkfast-eval prm-study`` on stored samples."""
 
+import errno
 import json
+import os
 import random
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,14 @@ import pytest
 from run_folder import write_run
 
 from lm_eval_tasks.cli import main
-from lm_eval_tasks.estimators import best_of_n_at_k, majority_at_k, pass_at_k, weighted_bon_at_k
+from lm_eval_tasks.estimators import (
+    best_of_n_at_k,
+    majority_at_k,
+    paired_difference,
+    pass_at_k,
+    weighted_bon_at_k,
+)
+from lm_eval_tasks.prm_study.degrade import LEVELS
 from lm_eval_tasks.rewards.scores import ScoreRecord, score_path
 from lm_eval_tasks.scored import load_scored
 
@@ -62,6 +72,18 @@ def study(folder: Path) -> dict[str, Any]:
     return found
 
 
+def test_study_shows_what_lets_a_reader_doubt(study: dict[str, Any], folder: Path) -> None:
+    text = (folder / "prm-study" / "prm_study.md").read_text()
+    for doubt in (
+        "cut at the token limit",
+        "no answer found",
+        "prompt tokens from the prefix cache",
+        "effective batch size",
+    ):
+        assert doubt in text, doubt
+    assert study["runs"][0]["facts"]["num_samples"] == NUM_PROBLEMS * NUM_SAMPLES
+
+
 def condition(study: dict[str, Any], **wanted: Any) -> dict[str, Any]:
     (found,) = [
         one
@@ -107,7 +129,7 @@ def test_better_rewards_are_worth_more(study: dict[str, Any]) -> None:
     assert aurocs == sorted(aurocs, reverse=True)
     flipped = condition(study, family="flip", reward="good", level=1.0)
     assert flipped["auroc"] == pytest.approx(1 - good["auroc"], abs=0.02)
-    assert flipped["bon"]["6"]["loss"] == pytest.approx(
+    assert flipped["bon"]["6"]["loss_to_own_clean"]["value"] == pytest.approx(
         good["bon"]["6"]["value"] - flipped["bon"]["6"]["value"]
     )
     assert flipped["repeats"] == 1
@@ -123,19 +145,65 @@ def test_a_perfect_verifier_reaches_coverage(study: dict[str, Any], folder: Path
     assert oracle["weighted_bon"]["6"]["value"] == pytest.approx(
         coverage, abs=4 * oracle["weighted_bon"]["6"]["monte_carlo_error"] + 1e-9
     )
-    assert "loss" not in oracle["bon"]["6"]
+    assert "loss_to_own_clean" not in oracle["bon"]["6"]
+
+
+def test_losses_are_paired_and_against_the_first_reward(
+    study: dict[str, Any], folder: Path
+) -> None:
+    assert study["settings"]["reference"] == {"reward": "bad", "aggregation": "last"}
+    reference, *others = study["runs"][0]["conditions"]
+    assert (reference["family"], reference["reward"]) == ("clean", "bad")
+    for method in ("bon", "weighted_bon"):
+        assert "loss_to_reference" not in reference[method]["6"]
+        for one in others:  # swaps, degraded scores and verifiers alike
+            loss = one[method]["6"]["loss_to_reference"]
+            expected = reference[method]["6"]["value"] - one[method]["6"]["value"]
+            assert loss["value"] == pytest.approx(expected)
+            assert loss["low"] <= loss["value"] <= loss["high"]
+    swap = condition(study, family="clean", reward="good", aggregation="last")
+    values: dict[str, list[float]] = {}
+    for reward in ("bad", "good"):
+        values[reward] = [
+            float(
+                best_of_n_at_k(
+                    [s.answer_class for s in drawn],
+                    [s.correct for s in drawn],
+                    [s.score for s in drawn],
+                    [6],
+                )[0]
+            )
+            for drawn in load_scored(folder, reward).values()
+        ]
+    interval, _ = paired_difference(values["bad"], values["good"])
+    assert swap["bon"]["6"]["loss_to_reference"] == pytest.approx(asdict(interval))
+    # Unpaired, the interval would be that of two means of 12 different problems.
+    width = interval.high - interval.low
+    alone = [one["bon"]["6"]["high"] - one["bon"]["6"]["low"] for one in (reference, swap)]
+    assert width < sum(length**2 for length in alone) ** 0.5
+    worst = condition(study, family="flip", reward="good", level=1.0)
+    own = worst["bon"]["6"]["loss_to_own_clean"]["value"]
+    total = worst["bon"]["6"]["loss_to_reference"]["value"]
+    assert total == pytest.approx(own + swap["bon"]["6"]["loss_to_reference"]["value"])
 
 
 def test_files_and_table(study: dict[str, Any], folder: Path) -> None:
     out = folder / "prm-study"
     assert {path.name for path in out.iterdir()} == {
         "prm_study.json", "prm_study.md", "prm_study.png", "prm_study.svg",
+        "prm_loss.png", "prm_loss.svg",
     }  # fmt: skip
-    table = (out / "prm_study.md").read_text()
+    table, _, _ = (out / "prm_study.md").read_text().partition("### What was run")
     rows = [line for line in table.splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + len(study["runs"][0]["conditions"])
     assert "bon@6" in rows[0]
     assert "good, last, noise 0.5" in table
+    cells = {row.split(" | ")[0]: row.strip(" |").split(" | ")[-2:] for row in rows[2:]}
+    assert cells["| bad, last"] == ["reference", "reference"]
+    swap = condition(study, family="clean", reward="good", aggregation="last")
+    loss = swap["bon"]["6"]["loss_to_reference"]
+    value, low, high = (f"{100 * loss[end]:+.1f}" for end in ("value", "low", "high"))
+    assert cells["| good, last"][0] == f"{value} [{low}, {high}]"
     assert study["command"].startswith("thinkfast-eval prm-study")
 
 
@@ -144,6 +212,36 @@ def test_same_again(study: dict[str, Any], folder: Path, tmp_path: Path) -> None
     out = tmp_path / "again"
     assert main(["prm-study", str(folder), *arguments, "--out", str(out)]) == 0
     assert json.loads((out / "prm_study.json").read_text())["runs"] == study["runs"]
+
+
+@pytest.mark.parametrize("name", ["prm_study.png", "prm_loss.png", "prm_study.svg"])
+def test_a_full_disk_while_the_figure_is_drawn(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    from matplotlib.figure import Figure
+
+    whole = Figure.savefig
+
+    def full(figure: Figure, path: Path, **options: Any) -> None:
+        if not Path(path).name.startswith(name):
+            return whole(figure, path, **options)
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    levels = [f"{family}=" for family in LEVELS]
+    arguments = ["--reward", "good", "--levels", *levels, "--num-subsets", "16"]
+    assert main(["prm-study", str(folder), *arguments, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{name}: cannot be written (No space left on device)" in error
+    assert error.count("\n") == 1
+    left = {path.name for path in tmp_path.iterdir()}
+    assert {"prm_study.json", "prm_study.md"} <= left
+    assert not any(path.startswith(name) for path in left), "no half of a figure"
 
 
 @pytest.mark.parametrize(

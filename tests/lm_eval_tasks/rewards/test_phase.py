@@ -1,11 +1,13 @@
 """The command ``thinkfast-eval reward``: resumable, never mixed, clear on what has no score."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,11 @@ from oracles import rlhflow
 from run_folder import write_run
 
 from lm_eval_tasks.cli import main
-from lm_eval_tasks.rewards.scores import ScoreRecord, read_scores, reward_names
+from lm_eval_tasks.errors import InputError
+from lm_eval_tasks.rewards.phase import ScorePhase
+from lm_eval_tasks.rewards.reward import Scored
+from lm_eval_tasks.rewards.scores import ScoreRecord, read_scores, reward_names, score_path
+from lm_eval_tasks.rewards.spec import parse_spec
 from lm_eval_tasks.rewards.steps import split_steps
 
 TEXTS = {
@@ -162,6 +168,60 @@ def test_scores_of_another_reward_are_refused(
     assert "name=" in message
     assert message.count("\n") == 1
     assert (folder / "scores" / "prm-tiny.jsonl").read_bytes() == before
+
+
+def test_scores_of_other_numerics_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path, {"a": ["#### 7"]})
+    plain = parse_spec("o/prm-tiny,backend=vllm")
+    fp8 = parse_spec("o/prm-tiny,backend=vllm,engine.quantization=fp8,engine.max_num_seqs=8")
+    path = score_path(tmp_path, "prm-tiny")
+    path.parent.mkdir()
+    for stored, now, difference in (
+        (plain, fp8, "engine None there, {'quantization': 'fp8'} now"),
+        (fp8, plain, "engine {'quantization': 'fp8'} there, None now"),
+    ):
+        record = ScoreRecord("a", 0, [0.5], 0.1, stored.hash())
+        path.write_text(json.dumps(record.as_dict()) + "\n")
+        path.with_suffix(".json").write_text(json.dumps({"reward": stored.identity()}))
+        assert ScorePhase(tmp_path, stored).counts().num_scored == 1
+        with pytest.raises(InputError):
+            ScorePhase(tmp_path, now).counts()
+        assert difference in capsys.readouterr().err
+
+
+class _HalfReward:
+    """Scores every solution 0.5 and keeps nothing; counts the texts it was given."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def score_batch(self, solutions: Any) -> list[list[float]]:
+        return [[0.5] for _ in solutions]
+
+    def score_texts(self, samples: Any) -> list[Scored]:
+        self.lengths += [len(text) for _, text in samples]
+        return [Scored([0.5], 1, None) for _ in samples]
+
+    def facts(self) -> dict[str, Any]:
+        return {"resolved": {"dtype": "float32"}}
+
+
+def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
+    """500 problems x 256 samples are hundreds of MB of text; a batch is held at a time."""
+    lengths = [100_000 + i for i in range(200)]
+    write_run(tmp_path, {"a": ["x" * length for length in lengths]})
+    reward = _HalfReward()
+    phase = ScorePhase(tmp_path, parse_spec("prm-tiny,url=http://h"))
+    tracemalloc.start()
+    try:
+        counts = phase.run(reward, 4, {}, io.StringIO())  # type: ignore[arg-type]
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (counts.num_new, reward.lengths) == (200, lengths)
+    assert peak_bytes < sum(lengths) / 4
 
 
 def test_a_retrained_model_is_another_reward(

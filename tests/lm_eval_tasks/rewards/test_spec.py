@@ -47,8 +47,27 @@ def test_hash_says_what_a_score_means(tmp_path: Path) -> None:
     others = ["split=paragraph", "dtype=bfloat16", "backend=vllm", "max_tokens=9", "revision=abc"]
     hashes = {parse_spec(f"prm-tiny,{other}").hash() for other in others}
     assert len(hashes | {base}) == len(others) + 1
+    vllm = parse_spec("prm-tiny,backend=vllm").hash()
+    for setting in ("quantization=fp8", "dtype=float16", "kv_cache_dtype=fp8", "max_model_len=64",
+                    'hf_overrides={"a": 1}', "new_in_vllm=1"):  # fmt: skip
+        found = parse_spec(f"prm-tiny,backend=vllm,engine.{setting}")
+        assert found.identity()["engine"] == found.engine
+        hashes.add(found.hash())
+    assert len(hashes | {base}) == len(others) + 7
+    neutral = (
+        "engine.gpu_memory_utilization=0.5,engine.tensor_parallel_size=2,engine.max_num_seqs=8,"
+        "engine.enforce_eager=true,engine.block_size=32,engine.quantization=null"
+    )
+    assert parse_spec(f"prm-tiny,backend=vllm,{neutral}").hash() == vllm
     near, far = (parse_spec(f"prm-tiny,url=http://{host}").hash() for host in ("a", "b"))
     assert near == far != base
+
+
+def test_hashes_of_earlier_score_files() -> None:
+    """Without engine arguments that change numbers a hash stays what it was, so runs go on."""
+    assert parse_spec("o/prm-tiny,name=x").hash() == "b58f8e5b289e9ec6"
+    spec = "o/prm-tiny,backend=vllm,dtype=float32,engine.max_num_seqs=8"
+    assert parse_spec(spec).hash() == "e7347d565d0717e4"
 
 
 @pytest.mark.parametrize(

@@ -66,10 +66,12 @@ class FakeServer:
             self._open += 1
             self.peak = max(self.peak, self._open)
         try:
-            self._respond(handler, body, self.script(number, body) or "well")
+            how = self.script(number, body) or "well"
         finally:
+            # Before the answer: with its last byte the client may send the next request.
             with self._lock:
                 self._open -= 1
+        self._respond(handler, body, how)
 
     def _respond(self, handler: BaseHTTPRequestHandler, body: dict[str, Any], how: str) -> None:
         first, _, rest = how.partition(" ")

@@ -192,6 +192,8 @@ def test_latency_regime_more_samples_and_times(run_folder: Any) -> None:
     assert len(second["resumed_problems"]) == 3
     assert second["engine"]["max_num_seqs"] == ENGINE["max_num_seqs"]
     assert second["engine"]["dtype"] == "float32"
+    # VLLM_CPU_KVCACHE_SPACE, in whole blocks.
+    assert 0.99 * 2**30 < second["engine"]["cache_bytes"] <= 2**30
     for record in store.records():
         assert record.first_token_s is not None
         assert 0 <= record.submit_s < record.first_token_s <= record.finish_s

@@ -29,17 +29,6 @@ REPETITIVE = [*PROMPTS, [7, 8, 9, 10] * 10, [5, 6] * 20, [3] * 9, [7, 8]]
 NUM_REPETITIVE_TOKENS = 40
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    compatibility.add_option(parser)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "feature(name, refused=None): row of docs/compatibility.md that a test is for"
-    )
-    compatibility.configure(config)
-
-
 @pytest.fixture(scope="session")
 def engines() -> Iterator[EnginePool]:
     """One engine at a time for the whole session."""

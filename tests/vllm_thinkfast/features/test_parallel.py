@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +31,9 @@ KINDS: dict[str, dict[str, Any]] = {
         **MP,
     },
 }
-"""Kind -> options of the engine."""
+"""Kind -> options of the engine, which is in the program's own process."""
+SEPARATE: dict[str, dict[str, Any]] = {"data": {"data_parallel_size": 2}}
+"""The same for engines in processes of their own."""
 
 Results = dict[str, dict[str, Any]]
 
@@ -48,10 +51,15 @@ def results(family: str, tmp_path_factory: pytest.TempPathFactory) -> Results:
         config={"num_hidden_layers": 4} if is_hybrid else None,
         mamba_config={"n_layer": 4, "attn_layers": [0, 2]} if is_hybrid else None,
     )
-    cases = [{"folder": str(folder), "options": options} for options in KINDS.values()]
+    return {**run(folder, KINDS, in_process=True), **run(folder, SEPARATE, in_process=False)}
+
+
+def run(folder: Path, kinds: dict[str, dict[str, Any]], *, in_process: bool) -> Results:
+    """Kind -> tokens or error, from one program for all of them."""
+    cases = [{"folder": str(folder), "options": options} for options in kinds.values()]
     env = {
         **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "fork",
         "VLLM_LOGGING_LEVEL": "ERROR",
     }
@@ -64,9 +72,9 @@ def results(family: str, tmp_path_factory: pytest.TempPathFactory) -> Results:
         check=False,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert len(lines) == len(KINDS), done.stderr[-4000:]
+    assert len(lines) == len(kinds), done.stderr[-4000:]
     answers = [json.loads(line.removeprefix("RESULT ")) for line in lines]
-    return dict(zip(KINDS, answers, strict=True))
+    return dict(zip(kinds, answers, strict=True))
 
 
 def check(results: Results, kind: str) -> None:
@@ -84,3 +92,8 @@ def test_tensor_parallel(results: Results, family: str) -> None:
 @pytest.mark.feature("pipeline parallelism, 2 stages, compiled")
 def test_pipeline_parallel(results: Results, family: str) -> None:
     check(results, "pipeline")
+
+
+@pytest.mark.feature("data parallelism, 2 engines")
+def test_data_parallel(results: Results, family: str) -> None:
+    check(results, "data")

@@ -31,14 +31,11 @@ def prefill(
     for rows in row_blocks(len(u), 4 * C):
         # Reads across the borders of sequences; _convolve_heads mends the rows behind a border.
         first = max(rows.start - (K - 1), 0)
-        inputs = u[first : rows.stop].float()
-        block = torch.mul(inputs[rows.start - first :], taps[K - 1], out=y[rows])
-        for k in range(K - 1):
-            lag = K - 1 - k
-            missing = max(lag - rows.start, 0)
-            block[missing:].addcmul_(
-                inputs[rows.start + missing - lag - first : max(len(inputs) - lag, 0)], taps[k]
-            )
+        window = u[first : rows.stop].float()
+        missing = K - 1 - (rows.start - first)
+        if missing:  # nothing is before the batch
+            window = F.pad(window, (0, 0, missing, 0))
+        block = _sum_taps(window, taps, out=y[rows])
         _finish(block, biases, activation)
     _convolve_heads(
         y, u, taps, biases, activation, state, state_indices, has_initial_state, cu_seqlens
@@ -77,9 +74,7 @@ def _convolve_heads(
     # A short sequence's window ends in repetitions of its last token, which no result reads.
     heads = u[tokens.minimum(ends[:, None] - 1)].float()
     window = torch.cat([tails, heads], dim=1)  # [S, 2 (K - 1), C]
-    convolved = window[:, K - 1 :] * taps[K - 1]
-    for k in range(K - 1):
-        convolved.addcmul_(window[:, k : k + K - 1], taps[k])
+    convolved = _sum_taps(window, taps)
     _finish(convolved, bias, activation)
     y[tokens[is_real]] = convolved[is_real]
     # The last K - 1 inputs, counted from the end of tails and tokens together.
@@ -89,6 +84,18 @@ def _convolve_heads(
     in_tail = (wanted - begins[:, None] + K - 1).clamp_(max=K - 2)
     old = tails.gather(1, in_tail[..., None].expand_as(tails)).to(state.dtype)
     state[slots] = torch.where(from_tail[..., None], old, new_tails)
+
+
+def _sum_taps(
+    window: torch.Tensor, taps: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Convolves ``window`` [..., n + K - 1, C] with ``taps`` [K, C]; returns [..., n, C]."""
+    last = len(taps) - 1
+    n = window.shape[-2] - last
+    total = torch.mul(window.narrow(-2, last, n), taps[last], out=out)
+    for k in range(last):
+        total.addcmul_(window.narrow(-2, k, n), taps[k])
+    return total
 
 
 def _finish(y: torch.Tensor, bias: torch.Tensor | None, activation: Activation) -> None:
