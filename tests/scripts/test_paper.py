@@ -55,7 +55,7 @@ def test_continues_after_kill_9_with_the_same_statistics(
     run: Any, reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    options = ["--reward", str(reward), "--seed", "1234", *SIZES]
+    options = ["--reward", str(reward), *SIZES]
     assert run([*options, "--out", str(whole)]) == 0
     printed = capsys.readouterr().out
     slowly = [sys.executable, "-m", "tests.scripts.scripted_paper", "0.01"]
@@ -103,10 +103,10 @@ def test_continues_after_kill_9_with_the_same_statistics(
     } <= names
 
 
-def test_timed_samples_have_no_seeds(run: Any, reward: Path, tmp_path: Path) -> None:
+def test_samples_without_seeds(run: Any, reward: Path, tmp_path: Path) -> None:
     sizes = ["--problems", "2", "--latency-problems", "2", "--num-samples", "4", "--rounds", "2"]
     options = ["--reward", str(reward), "--batch-sizes", "1", "--out", str(tmp_path / "out")]
-    assert run([*options, *sizes]) == 0
+    assert run([*options, *sizes, "--seed", "-1"]) == 0
     results = json.loads((tmp_path / "out" / "report" / "results.json").read_text())
     runs = [one for group in results["groups"] for one in group["runs"]]
     assert [one["facts"]["seed"] for one in runs] == [None] * 6

@@ -9,6 +9,7 @@ import pytest
 
 from tests.reference.random_checkpoints import write_checkpoint
 from tests.vllm_thinkfast.models.engines import EnginePool, random_prompts, token_prompts
+from vllm_thinkfast import compat
 
 pytestmark = pytest.mark.engine
 
@@ -23,6 +24,13 @@ ALONE = {"max_model_len": 2048, "max_num_seqs": MAX_NUM_SEQS, "enable_prefix_cac
 """No prefix cache: every sample computes its prompt."""
 
 Tokens = list[int]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _needs_forking() -> None:
+    obstacle = compat.fork_obstacle()
+    if obstacle is not None:
+        pytest.skip(f"every sample prefills its prompt: {obstacle}")
 
 
 @pytest.fixture(scope="module")
