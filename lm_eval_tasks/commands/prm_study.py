@@ -255,6 +255,7 @@ def _write(
             "seed": study.seed,
         },
         "versions": environment.versions(),
+        "hardware": environment.hardware(),
         "git_commit": environment.git_commit(),
         "runs": results,
     }
