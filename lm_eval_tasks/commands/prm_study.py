@@ -258,6 +258,7 @@ def _write(
             "seed": study.seed,
         },
         "versions": environment.versions(),
+        "hardware": environment.hardware(),
         "git_commit": environment.git_commit(),
         "runs": [one | {"facts": run.facts} for one, run in zip(results, runs, strict=True)],
     }

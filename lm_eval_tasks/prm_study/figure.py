@@ -16,6 +16,14 @@ _STYLE = {
     "shuffle": ("#009E73", "D", "scores shuffled"),
     "oracle": ("#E69F00", "v", "verifier with errors"),
 }
+#: What the levels of a family are.
+_LEVELS = {
+    "noise": "spreads",
+    "flip": "share",
+    "label": "share",
+    "shuffle": "share",
+    "oracle": "rate",
+}
 _TITLES = {"bon": "Best-of-{k}", "weighted_bon": "Weighted Best-of-{k}"}
 #: Of the rewards' clean scores, the reference first.
 _REWARD_MARKERS = ("*", "P", "X", "h", "d", "<", ">")
@@ -146,7 +154,8 @@ def _draw_gains(axes: Any, run: dict[str, Any], method: str, k: int) -> None:
         errorbar([*begin, *points], *_STYLE[family])
     for (reward, one), marker in zip(clean.items(), _REWARD_MARKERS * 8, strict=False):
         size = 9 if marker == "*" else 6
-        errorbar([one], "black", marker, f"clean ({reward})", ms=size, ls="", mew=0, zorder=4)
+        style = {"ms": size, "ls": "", "mec": "white", "mew": 0.5, "zorder": 4}
+        errorbar([one], "black", marker, f"clean ({reward})", **style)
     axes.axvline(0.5, color="0.8", lw=0.8, zorder=0)
     axes.set_title(_TITLES[method].format(k=k))
     axes.grid(axis="y", color="0.93", zorder=0)
@@ -158,7 +167,7 @@ def _draw_gains(axes: Any, run: dict[str, Any], method: str, k: int) -> None:
 
 def _loss(plt: Any, runs: Sequence[dict[str, Any]], k: int) -> Any:
     groups = [_groups(run) for run in runs]
-    heights = [sum(len(rows) + 1 for _, _, rows in found) for found in groups]
+    heights = [sum(len(rows) + 1.3 for _, _, rows in found) for found in groups]
     total = 0.165 * sum(heights) + 0.75 * len(runs) + 0.5
     figure, grid = plt.subplots(
         len(runs), 2, figsize=(7.2, total), sharey="row", sharex=True, squeeze=False,
@@ -171,7 +180,7 @@ def _loss(plt: Any, runs: Sequence[dict[str, Any]], k: int) -> Any:
         row[0].set_ylabel(_name(run, runs).strip())
         label = _reference(run)["label"]
         for axes in row:
-            axes.set_xlabel(f"accuracy lost against {label}\n(percentage points)")
+            axes.set_xlabel(f"accuracy lost against {label}\n(percentage points; hollow: may be 0)")
     return figure
 
 
@@ -192,7 +201,10 @@ def _groups(run: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, dict[st
     groups = [
         ("another reward", _STYLE["clean"][0], swaps),
         ("another aggregation", "0.45", aggregations),
-        *((_STYLE[family][2], _STYLE[family][0], rows) for family, rows in families.items()),
+        *(
+            (f"{_STYLE[family][2]}, {_LEVELS[family]}", _STYLE[family][0], rows)
+            for family, rows in families.items()
+        ),
     ]
     return [group for group in groups if group[2]]
 
@@ -204,7 +216,7 @@ def _draw_losses(
     key: str,
 ) -> None:
     """Draw one line per condition, from the top; hollow where the interval holds 0."""
-    place, ticks = 0, []
+    place, ticks = 0.0, []
     for title, colour, rows in groups:
         ticks.append((place, title, colour, True))
         for label, one in rows:
@@ -217,10 +229,10 @@ def _draw_losses(
             axes.errorbar(
                 [x], [place], xerr=bars, color=colour, marker="o", ms=4, mfc=face, elinewidth=1.0
             )
-        place += 1
+        place += 1.3
     axes.axvline(0, color="0.35", lw=1, zorder=0)
     axes.grid(axis="x", color="0.93", zorder=0)
-    axes.set_ylim(place - 0.3, -0.8)
+    axes.set_ylim(place - 0.6, -0.8)
     axes.set_yticks([tick[0] for tick in ticks], [tick[1] for tick in ticks], fontsize=7.5)
     # The panel on the right shares the axis and has no labels.
     for text, (_, _, colour, is_title) in zip(axes.get_yticklabels(), ticks, strict=False):

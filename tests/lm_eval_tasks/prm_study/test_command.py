@@ -205,6 +205,7 @@ def test_files_and_table(study: dict[str, Any], folder: Path) -> None:
     value, low, high = (f"{100 * loss[end]:+.1f}" for end in ("value", "low", "high"))
     assert cells["| good, last"][0] == f"{value} [{low}, {high}]"
     assert study["command"].startswith("thinkfast-eval prm-study")
+    assert study["hardware"]["cores"] >= 1
 
 
 def test_same_again(study: dict[str, Any], folder: Path, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ class Handler(BaseHTTPRequestHandler):
             self._send(200, self.served.answer(self.path, body))
 
     def _send(self, status: int, body: Any) -> None:
-        text = json.dumps(body).encode()
+        text = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
@@ -194,7 +194,7 @@ def test_pooling_all_and_tags_in_the_text(start: Any, reward_folders: dict[str, 
 def test_faults_are_tried_again(start: Any, reward_folders: dict[str, Path]) -> None:
     folder = reward_folders["rlhflow-deepseek"]
     running = start(folder, "completions")
-    running.served.faults = [500, "drop", 429, [1], 503]
+    running.served.faults = [b"[" * 20_000, "drop", 429, [1], 503]
     reward = open_remote(running, "rlhflow-deepseek")
     (scores,) = reward.score_batch([(QUESTION, SOLUTIONS[0])])
     assert scores == pytest.approx(

@@ -39,6 +39,8 @@ def test_settings() -> None:
     assert (spec.backend, spec.dtype, spec.max_tokens) == ("vllm", "bfloat16", 512)
     assert spec.engine == {"max_num_seqs": 8, "enforce_eager": True, "quantization": "fp8"}
     assert parse_spec("prm-tiny,url=http://h:8000").backend == "remote"
+    nested = "[" * 20_000
+    assert parse_spec(f"prm-tiny,backend=vllm,engine.a={nested}").engine == {"a": nested}
 
 
 def test_hash_says_what_a_score_means(tmp_path: Path) -> None:
