@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 FIRST_WITH_DRAFTS = "0.32.0"
 """The first vLLM with which drafted tokens were seen to work."""
 OLDEST_VLLM = "0.25.0"
-"""Below this the plugin refuses to register. The names it uses were looked up in the
-source of 0.25.1; the engine tests have passed on TESTED_VLLM only."""
+"""Below this the plugin refuses to register. All engine tests have passed on TESTED_VLLM only;
+``docs/compatibility.md`` says which ones passed on 0.25.1 and 0.28.0."""
 
 TESTED_VLLM = ("0.32.0",)
 """Versions that the engine tests passed on, oldest first."""
