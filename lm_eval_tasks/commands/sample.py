@@ -305,6 +305,8 @@ def _pairs(flag: str, given: Sequence[str]) -> dict[str, Any]:
             pairs[key] = json.loads(lowered)
         except ValueError:
             pairs[key] = value
+        except RecursionError:
+            stop(f"{flag} {key}: the value is nested too deeply for JSON; give a flatter one")
     return pairs
 
 

@@ -313,7 +313,7 @@ class _Answer:
             return
         try:
             event = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter: thousands of brackets
             raise _TryAgainError(f"a damaged event in the stream: {error}") from error
         if "error" in event:
             raise _TryAgainError(f"an error within the stream: {event['error']}")

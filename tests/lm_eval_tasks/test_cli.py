@@ -118,6 +118,10 @@ SERVER = ["--server", "http://localhost:1/v1"]
         (["--api", "completions"], "name it with --server URL"),
         (["--engine-args", "dtype"], "--engine-args dtype: need KEY=VALUE"),
         (["--engine-args", "dtype=a", "dtype=b"], "--engine-args dtype: given twice"),
+        (
+            ["--engine-args", "dtype=" + "[" * 100_000],
+            "--engine-args dtype: the value is nested too",
+        ),
         (["--limit", "301", *SERVER], "--limit 301: arith has 300 problems"),
     ],
 )

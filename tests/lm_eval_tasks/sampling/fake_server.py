@@ -15,7 +15,7 @@ class FakeServer:
 
     Answers by name: "500", "401" and so on (a status), "429 after 0.2" (with Retry-After), "drop"
     (the connection ends in the middle of the text), "hang up" (before any answer), "error event",
-    "damaged event", "no usage", "finish <reason>", "html" (a page with status 200).
+    "damaged event", "nested event", "no usage", "finish <reason>", "html" (a page with status 200).
     """
 
     def __init__(self, script: Script = lambda number, body: None) -> None:
@@ -121,6 +121,7 @@ def events(body: dict[str, Any], path: str, how: str) -> list[str]:
         "drop": pieces,
         "error event": [*pieces, json.dumps({"error": {"message": "scripted"}})],
         "damaged event": [*pieces, '{"choices": ['],
+        "nested event": [*pieces, "[" * 100_000],
         "no usage": [*pieces, end[0], end[2]],
         "html": ["<html>", "</html>"],
         "no choices": ["{}", "[DONE]"],

@@ -135,7 +135,8 @@ def test_concurrency_is_bounded_and_used(started: list[OpenAIBackend], tmp_path:
 
 
 @pytest.mark.parametrize(
-    "trouble", ["500", "503", "429", "408", "drop", "hang up", "error event", "damaged event"]
+    "trouble",
+    ["500", "503", "429", "408", "drop", "hang up", "error event", "damaged event", "nested event"],
 )
 def test_trouble_that_passes(
     started: list[OpenAIBackend], trouble: str, caplog: pytest.LogCaptureFixture
