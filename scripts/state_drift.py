@@ -35,26 +35,26 @@ class Inputs:
     """[T, L, H, N], float32."""
 
 
-def to_nearest(state: torch.Tensor) -> torch.Tensor:
+def to_nearest(state: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """[S, ..., N] in 8 bits with the scales of the codec, but rounded to nearest."""
-    _, scales = codec.quantise(state)
+    _, scales = codec.quantise(state, torch.full((len(state),), num_tokens))
     steps = torch.where(scales > 0, 1 / scales, 0.0)[..., None]
     return codec.dequantise((state * steps).round().clamp(-127, 127).to(torch.int8), scales)
 
 
-def to_random(state: torch.Tensor) -> torch.Tensor:
+def to_random(state: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """[S, ..., N] in 8 bits, as in the cache."""
-    return codec.dequantise(*codec.quantise(state))
+    return codec.dequantise(*codec.quantise(state, torch.full((len(state),), num_tokens)))
 
 
-STORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "float32": lambda state: state,
-    "bfloat16": lambda state: state.bfloat16().float(),
-    "float16": lambda state: state.half().float(),
+STORES: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
+    "float32": lambda state, _: state,
+    "bfloat16": lambda state, _: state.bfloat16().float(),
+    "float16": lambda state, _: state.half().float(),
     "int8, to nearest": to_nearest,
     "int8": to_random,
 }
-"""How a state is stored -> what is read back; [L, H, P, N], float32."""
+"""How states [L, H, P, N] (float32) of so many tokens are stored -> what is read back."""
 
 
 def slow_inputs(num_tokens: int, seed: int = 0, size: int = 32) -> Inputs:
@@ -104,7 +104,7 @@ def drift(inputs: Inputs, checkpoints: Sequence[int] = CHECKPOINTS) -> list[dict
             squares += errors.square().sum(-1)
             norm += y.square().sum(-1)
             for i, store in enumerate(STORES.values()):
-                stored[i] = store(stored[i])
+                stored[i] = store(stored[i], t + 1)
         state_norm = exact.flatten(2).norm(dim=-1)
         state = (stored - exact).flatten(3).norm(dim=-1) / state_norm
         output = (squares / norm).sqrt()

@@ -44,7 +44,7 @@ def test_drift_of_int8() -> None:
 def test_to_nearest() -> None:
     state = torch.tensor([[[127.0, 1.4, -1.6, 0.4], [0.0, 0.0, 0.0, 0.0]]])
     wanted = torch.tensor([[[127.0, 1.0, -2.0, 0.0], [0.0, 0.0, 0.0, 0.0]]])
-    assert torch.allclose(state_drift.to_nearest(state), wanted)
+    assert torch.allclose(state_drift.to_nearest(state, 5), wanted)
 
 
 def test_time_constants() -> None:

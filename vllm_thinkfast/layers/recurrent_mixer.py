@@ -126,7 +126,8 @@ class RecurrentMixer(MambaBase, nn.Module):
         if num_decode and self.is_speculating:
             self._run_drafts(metadata, projected, dt, output)
         elif num_decode:
-            conv, scan = self._decode_functions(compat.decode_state_indices(metadata)[:num_decode])
+            slots = compat.decode_state_indices(metadata)[:num_decode]
+            conv, scan = self._decode_functions(slots, metadata.seq_lens[:num_decode])
             output[:num_decode] = self.mix(projected[:num_decode], dt[:num_decode], conv, scan)
         if metadata.num_prefill_tokens:
             conv, scan = self._prefill_functions(metadata)
@@ -172,7 +173,7 @@ class RecurrentMixer(MambaBase, nn.Module):
             target = torch.where(is_token, slots[:, j], 0)
             for state in self.kv_cache:
                 state[target] = state[source]
-            conv, scan = self._decode_functions(target)
+            conv, scan = self._decode_functions(target, num_done + 1 + j)
             y = self.mix(projected[rows], dt[rows], conv, scan)
             output[rows] = torch.where(is_token[:, None], y, output[rows])
             source = target
@@ -183,7 +184,8 @@ class RecurrentMixer(MambaBase, nn.Module):
         conv = conv.transpose(1, 2) if is_conv_state_dim_first() else conv
         return conv, ssm, scales[0] if scales else None
 
-    def _decode_functions(self, slots: torch.Tensor) -> tuple[Conv, Scan]:
+    def _decode_functions(self, slots: torch.Tensor, num_tokens: torch.Tensor) -> tuple[Conv, Scan]:
+        """For slots [S] whose states have seen num_tokens [S] tokens afterwards."""
         conv_state, ssm_state, scales = self._states()
 
         def conv(u: torch.Tensor) -> torch.Tensor:
@@ -193,7 +195,13 @@ class RecurrentMixer(MambaBase, nn.Module):
             return y
 
         def scan(*inputs: torch.Tensor) -> torch.Tensor:
-            y: torch.Tensor = self.scan_op.decode(ssm_state, slots, *inputs, scales=scales)
+            y: torch.Tensor = self.scan_op.decode(
+                ssm_state,
+                slots,
+                *inputs,
+                scales=scales,
+                num_tokens=None if scales is None else num_tokens,
+            )
             return y
 
         return conv, scan
@@ -203,6 +211,7 @@ class RecurrentMixer(MambaBase, nn.Module):
         slots = metadata.state_indices_tensor_p
         has_state = metadata.has_initial_states_p
         cu_seqlens = metadata.query_start_loc_p
+        num_tokens = metadata.seq_lens[metadata.num_decodes :][: metadata.num_prefills]
 
         def conv(u: torch.Tensor) -> torch.Tensor:
             y: torch.Tensor = self.conv_op.prefill(
@@ -222,7 +231,7 @@ class RecurrentMixer(MambaBase, nn.Module):
             # A fresh slot may hold anything, NaN too: mask, do not multiply.
             initial.masked_fill_(~has_state.view(-1, *[1] * (initial.dim() - 1)), 0.0)
             y, final = self.scan_op.prefill(*inputs, initial, cu_seqlens)
-            state_codec.write(ssm_state, scales, slots, final)
+            state_codec.write(ssm_state, scales, slots, final, num_tokens)
             out: torch.Tensor = y
             return out
 

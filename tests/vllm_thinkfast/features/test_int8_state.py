@@ -112,11 +112,14 @@ def test_bytes(llm: Any, folder: Path) -> None:
 
 
 @pytest.mark.feature("8-bit state")
-def test_drafts(llm: Any, folder: Path) -> None:
+def test_drafts(folder: Path, engines: EnginePool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Speculative decoding keeps and copies scales with their states: same tokens as without.
 
-    In a process of its own: vLLM 0.32 cannot make a second speculating engine in one.
+    In a process of its own: vLLM 0.32 cannot make a second speculating engine in one. It has no
+    prefix cache, and so does not round the state before a prompt's last token.
     """
+    monkeypatch.setenv(envs.SSM_STATE, "int8")
+    llm = engines.get(folder, **PLAIN, enable_prefix_caching=False)
     expected = greedy(llm, REPETITIVE, NUM_TOKENS)
     program = [sys.executable, "-m", "tests.vllm_thinkfast.features.run_ngram", str(folder)]
     done = subprocess.run(
@@ -131,8 +134,7 @@ def test_drafts(llm: Any, folder: Path) -> None:
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULT "))
     tokens, num_drafted, num_accepted = ast.literal_eval(line.removeprefix("RESULT "))
     assert 0 < num_accepted < num_drafted
-    same = sum(a == b for a, b in zip(tokens, expected, strict=True))
-    assert same == len(expected)
+    assert tokens == expected
 
 
 @pytest.mark.feature("8-bit state")

@@ -82,7 +82,7 @@ def arguments(operator: str, entry: str, size: tuple[int, ...], dtype: torch.dty
         return [zeros(5, *state, dtype=f32), slots, *inputs]
     if entry == "decode_int8":
         scales = zeros(5, *state[:-1], dtype=f32)
-        return [zeros(5, *state, dtype=torch.int8), slots, *inputs, scales]
+        return [zeros(5, *state, dtype=torch.int8), slots, *inputs, scales, slots.clone()]
     return [*inputs, zeros(S, *state, dtype=f32), cu_seqlens]
 
 

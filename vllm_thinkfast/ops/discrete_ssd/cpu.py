@@ -96,13 +96,14 @@ def decode(
     C: torch.Tensor,
     D: torch.Tensor | None,
     scales: torch.Tensor | None = None,
+    num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See ``reference.decode``."""
     H = x.shape[1]
     xf, Bf, Cf = x.float(), B.float(), C.float()
     kernel = vllm_kernels.find_state_update(state)
     if kernel is None:
-        y = _decode_torch(state, scales, state_indices, xf, log_decay.float(), Bf, Cf)
+        y = _decode_torch(state, scales, num_tokens, state_indices, xf, log_decay.float(), Bf, Cf)
     else:
         dt = _step_sizes(log_decay)
         y = vllm_kernels.update_state(
@@ -121,6 +122,7 @@ def _step_sizes(log_decay: torch.Tensor) -> torch.Tensor:
 def _decode_torch(
     state: torch.Tensor,
     scales: torch.Tensor | None,
+    num_tokens: torch.Tensor | None,
     state_indices: torch.Tensor,
     x: torch.Tensor,
     log_decay: torch.Tensor,
@@ -136,7 +138,7 @@ def _decode_torch(
         slots = state_indices[rows]
         h = state_codec.read(state, scales, slots)
         h.mul_(decay[rows]).addcmul_(x[rows, ..., None], Bh[rows])
-        state_codec.write(state, scales, slots, h)
+        state_codec.write(state, scales, slots, h, None if num_tokens is None else num_tokens[rows])
         torch.sum(h.mul_(Ch[rows]), -1, out=y[rows])
     return y
 

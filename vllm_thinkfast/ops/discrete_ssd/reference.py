@@ -61,6 +61,7 @@ def decode(
     C: torch.Tensor,
     D: torch.Tensor | None,
     scales: torch.Tensor | None = None,
+    num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Advances each sequence by one token; the cache is updated in place.
 
@@ -75,6 +76,8 @@ def decode(
         C: [S, G, N].
         D: [H] or [H, P], or None.
         scales: [slots, H, P], float32, for an int8 cache only; updated in place.
+        num_tokens: [S], integer, tokens in each state after this one, for an int8 cache only: the
+            noise of its rounding depends on it.
 
     Returns:
         y [S, H, P] in x's dtype.
@@ -85,7 +88,9 @@ def decode(
         here = torch.tensor([slot], device=state.device)
         current = state_codec.read(state, scales, here)
         y[row] = _step(current, x[row], log_decay[row], B[row], C[row], D).to(x.dtype)
-        state_codec.write(state, scales, here, current)
+        state_codec.write(
+            state, scales, here, current, None if num_tokens is None else num_tokens[row]
+        )
     return y
 
 

@@ -124,10 +124,11 @@ def _prefill_kernel(
 
 @triton.jit
 def _decode_kernel(
-    state_ptr, scales_ptr, state_indices_ptr, x_ptr, log_decay_ptr, B_ptr, C_ptr, D_ptr, y_ptr,
+    state_ptr, scales_ptr, num_tokens_ptr, state_indices_ptr,
+    x_ptr, log_decay_ptr, B_ptr, C_ptr, D_ptr, y_ptr,
     P, N, heads_per_group,
     state_stride_slot, state_stride_h, state_stride_p, state_stride_n,
-    scales_stride_slot, scales_stride_h, scales_stride_p,
+    scales_stride_slot, scales_stride_h, scales_stride_p, num_tokens_stride,
     state_indices_stride,
     x_stride_s, x_stride_h, x_stride_p,
     log_decay_stride_s, log_decay_stride_h,
@@ -174,7 +175,8 @@ def _decode_kernel(
         state = tl.load(state_ptrs, mask=in_state, other=0.0).to(tl.float32)
     state = state * tl.exp(log_decay.to(tl.float32)) + x[:, None] * B[None, :]
     if HAS_SCALES:
-        codes, scales = quantise(state, (h * P + p[:, None]) * N + n[None, :])
+        num_tokens = tl.load(num_tokens_ptr + s * num_tokens_stride)
+        codes, scales = quantise(state, num_tokens, (h * P + p[:, None]) * N + n[None, :])
         tl.store(state_ptrs, codes, mask=in_state)
         tl.store(scales_ptrs, scales, mask=in_p)
     else:
@@ -226,6 +228,7 @@ def decode(
     C: torch.Tensor,
     D: torch.Tensor | None,
     scales: torch.Tensor | None = None,
+    num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See ``reference.decode``; slot 0 is neither read nor written, its rows of y are zero."""
     S, H, P = x.shape
@@ -235,15 +238,25 @@ def decode(
     block_n = triton.next_power_of_2(N)
     block_p = min(_DECODE_BLOCK_P, triton.next_power_of_2(P))
     _decode_kernel[(S, H, triton.cdiv(P, block_p))](
-        state, scales, state_indices, x, log_decay, B, C, D, y,
+        state, scales, num_tokens, state_indices, x, log_decay, B, C, D, y,
         P, N, H // G,
-        *state.stride(), *((None,) * 3 if scales is None else scales.stride()),
+        *state.stride(), *_scale_strides(scales, num_tokens),
         state_indices.stride(0), *x.stride(), *log_decay.stride(),
         *B.stride(), *C.stride(), *_skip_strides(D), *y.stride(),
         HAS_D=D is not None, HAS_SCALES=scales is not None, BLOCK_P=block_p, BLOCK_N=block_n,
         num_warps=4 if block_p * block_n >= 2048 else 1,
     )  # fmt: skip
     return y
+
+
+def _scale_strides(
+    scales: torch.Tensor | None, num_tokens: torch.Tensor | None
+) -> tuple[int | None, ...]:
+    """Of scales [slots, H, P] and num_tokens [S]; with None the kernel is compiled without them."""
+    if scales is None:
+        return (None,) * 4
+    assert num_tokens is not None
+    return *scales.stride(), num_tokens.stride(0)
 
 
 def _skip_strides(D: torch.Tensor | None) -> tuple[int, int]:

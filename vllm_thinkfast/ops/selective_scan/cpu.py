@@ -71,12 +71,13 @@ def decode(
     C: torch.Tensor,
     D: torch.Tensor,
     scales: torch.Tensor | None = None,
+    num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See ``reference.decode``."""
     xf, dtf, Bf, Cf = x.float(), dt.float(), B.float(), C.float()
     kernel = vllm_kernels.find_state_update(state)
     if kernel is None:
-        y = _decode_torch(state, scales, state_indices, dtf * xf, dtf, A, Bf, Cf)
+        y = _decode_torch(state, scales, num_tokens, state_indices, dtf * xf, dtf, A, Bf, Cf)
     else:
         y = _decode_kernel(kernel, state, state_indices, dtf * xf, dtf, A, Bf, Cf)
     return y.addcmul_(D.float(), xf).to(x.dtype)
@@ -120,6 +121,7 @@ def _decode_kernel(
 def _decode_torch(
     state: torch.Tensor,
     scales: torch.Tensor | None,
+    num_tokens: torch.Tensor | None,
     state_indices: torch.Tensor,
     dtx: torch.Tensor,
     dt: torch.Tensor,
@@ -137,6 +139,6 @@ def _decode_torch(
         h *= torch.mul(dt[rows, :, None], A).exp_()
         inputs = dtx[rows].view(-1, G, E // G, 1)
         h.view(-1, G, E // G, N).addcmul_(inputs, B[rows, :, None])
-        state_codec.write(state, scales, slots, h)
+        state_codec.write(state, scales, slots, h, None if num_tokens is None else num_tokens[rows])
         torch.sum(h.view(-1, H, E // H, N).mul_(C[rows, :, None]), -1, out=y[rows])
     return y.view(S, E)

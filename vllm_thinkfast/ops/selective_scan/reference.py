@@ -63,6 +63,7 @@ def decode(
     C: torch.Tensor,
     D: torch.Tensor,
     scales: torch.Tensor | None = None,
+    num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Advances each sequence by one token; the cache is updated in place.
 
@@ -78,6 +79,8 @@ def decode(
         C: [S, H, N].
         D: [E].
         scales: [slots, E], float32, for an int8 cache only; updated in place.
+        num_tokens: [S], integer, tokens in each state after this one, for an int8 cache only: the
+            noise of its rounding depends on it.
 
     Returns:
         y [S, E] in x's dtype.
@@ -88,7 +91,9 @@ def decode(
         here = torch.tensor([slot], device=state.device)
         current = state_codec.read(state, scales, here)
         y[row] = _step(current, x[row], dt[row], A, B[row], C[row], D).to(x.dtype)
-        state_codec.write(state, scales, here, current)
+        state_codec.write(
+            state, scales, here, current, None if num_tokens is None else num_tokens[row]
+        )
     return y
 
 

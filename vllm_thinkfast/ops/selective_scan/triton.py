@@ -73,10 +73,11 @@ def _prefill_kernel(
 
 @triton.jit
 def _decode_kernel(
-    state_ptr, scales_ptr, state_indices_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, y_ptr,
+    state_ptr, scales_ptr, num_tokens_ptr, state_indices_ptr,
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, y_ptr,
     E, N, channels_per_group, channels_per_head,
     state_stride_slot, state_stride_e, state_stride_n,
-    scales_stride_slot, scales_stride_e,
+    scales_stride_slot, scales_stride_e, num_tokens_stride,
     state_indices_stride,
     x_stride_s, x_stride_e,
     dt_stride_s, dt_stride_e,
@@ -123,7 +124,8 @@ def _decode_kernel(
         state = tl.load(state_ptrs, mask=in_state, other=0.0).to(tl.float32)
     state = tl.exp(dt[:, None] * A) * state + (dt * x)[:, None] * B
     if HAS_SCALES:
-        codes, scales = quantise(state, e[:, None] * N + n[None, :])
+        num_tokens = tl.load(num_tokens_ptr + s * num_tokens_stride)
+        codes, scales = quantise(state, num_tokens, e[:, None] * N + n[None, :])
         tl.store(state_ptrs, codes, mask=in_state)
         tl.store(scales_ptrs, scales, mask=in_e)
     else:
@@ -170,6 +172,7 @@ def decode(
     C: torch.Tensor,
     D: torch.Tensor,
     scales: torch.Tensor | None = None,
+    num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See ``reference.decode``; slot 0 is neither read nor written, its rows of y are zero."""
     E, N = A.shape
@@ -177,15 +180,25 @@ def decode(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block_n = triton.next_power_of_2(N)
     _decode_kernel[(len(x), triton.cdiv(E, _DECODE_CHANNELS))](
-        state, scales, state_indices, x, dt, A, B, C, D, y,
+        state, scales, num_tokens, state_indices, x, dt, A, B, C, D, y,
         E, N, per_group, per_head,
-        *state.stride(), *((None,) * 2 if scales is None else scales.stride()),
+        *state.stride(), *_scale_strides(scales, num_tokens),
         state_indices.stride(0),
         *x.stride(), *dt.stride(), *A.stride(), *B.stride(), *C.stride(), D.stride(0), *y.stride(),
         HAS_SCALES=scales is not None, BLOCK_E=_DECODE_CHANNELS, BLOCK_N=block_n,
         num_warps=_num_warps(_DECODE_CHANNELS * block_n),
     )  # fmt: skip
     return y
+
+
+def _scale_strides(
+    scales: torch.Tensor | None, num_tokens: torch.Tensor | None
+) -> tuple[int | None, ...]:
+    """Of scales [slots, E] and num_tokens [S]; with None the kernel is compiled without them."""
+    if scales is None:
+        return (None,) * 3
+    assert num_tokens is not None
+    return *scales.stride(), num_tokens.stride(0)
 
 
 def _channels_per(E: int, B: torch.Tensor, C: torch.Tensor) -> tuple[int, int]:

@@ -6,9 +6,11 @@ mean of many roundings is the value itself; rounding to nearest would lose every
 half a step, and a state is rounded once per token (stochastic rounding: Gupta et al.,
 arXiv 1502.02551).
 
-The random numbers are a hash of the unrounded float's bits and of its index in the state of its
-sequence. So rounding depends neither on the slot nor on the batch nor on the device, and nothing
-has to be seeded or kept.
+The random numbers are a hash of the number of tokens in the state and of the element's index in it.
+So they depend neither on the slot nor on the batch nor on the device, and nothing has to be seeded
+or kept. The value itself does not take part: a matrix product of another batch size may differ in
+its last bit, and with a hash of the values' bits every element was then rounded anew, which changed
+greedy tokens of a sequence with its neighbours (docs/numerics.md).
 
 All arithmetic behind the scale is in integers: a GPU's fused multiply-add could otherwise round
 differently from a CPU's two operations. The fraction has 16 bits, which is the precision that
@@ -34,35 +36,34 @@ SECOND_FACTOR = 0xC2B2AE35
 and the two of MurmurHash3's finaliser (public domain, github.com/aappleby/smhasher)."""
 
 
-def noise(bits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def noise(num_tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """A random number for each element, the same wherever and whenever it is asked for.
 
     Args:
-        bits: int32, the bits of the float that is rounded.
-        index: int32, of the element in its sequence's state; broadcast against ``bits``.
+        num_tokens: int32, tokens in the state that is rounded.
+        index: int32, of the element in its sequence's state; broadcast against ``num_tokens``.
 
     Returns:
         int32, in [0, 2^16).
     """
-    h = (bits ^ (index * _signed(INDEX_FACTOR))) * _signed(FIRST_FACTOR)
+    h = (num_tokens ^ (index * _signed(INDEX_FACTOR))) * _signed(FIRST_FACTOR)
     h ^= (h >> 16) & 0xFFFF  # >> of a signed integer would repeat its sign
     h *= _signed(SECOND_FACTOR)
     return (h >> 16) & 0xFFFF
 
 
-def quantise(state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise(state: torch.Tensor, num_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rounds the states of sequences to 8 bits.
 
     Args:
         state: [S, ..., N], float32. A row with an infinity or NaN stays not finite.
+        num_tokens: [S], integer, tokens in each state.
 
     Returns:
         codes [S, ..., N], int8, in [-127, 127], and scales [S, ...], float32; a row of zeros, or
         of values below 2^-100, has scale 0.
     """
-    bits = state.contiguous().view(torch.int32)
-    # As integers, magnitudes compare like floats, and NaN is the largest.
-    peak = (bits & 0x7FFFFFFF).amax(-1).view(torch.float32)
+    peak = state.abs().amax(-1)
     limit = LARGEST_CODE << FRACTION_BITS
     is_usable = (peak >= SMALLEST_PEAK) & (peak < torch.inf)
     # With a number on one side torch multiplies by a rounded reciprocal, on CUDA on either side.
@@ -71,7 +72,8 @@ def quantise(state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     index = torch.arange(state[0].numel(), dtype=torch.int32, device=state.device)
     fixed = torch.where(is_usable[..., None], state * inverse[..., None], 0.0).to(torch.int32)
     fixed.clamp_(-limit, limit)
-    fixed += noise(bits, index.view(state.shape[1:]))
+    since = num_tokens.to(torch.int32).view(-1, *[1] * (state.dim() - 1))
+    fixed += noise(since, index.view(state.shape[1:]))
     return (fixed >> FRACTION_BITS).to(torch.int8), scales
 
 
@@ -110,6 +112,7 @@ def write(
     scales: torch.Tensor | None,
     slots: torch.Tensor,
     values: torch.Tensor,
+    num_tokens: torch.Tensor | None,
 ) -> None:
     """Puts states into slots of a cache, rounded to what it holds.
 
@@ -118,12 +121,14 @@ def write(
         scales: [slots, ...], float32, for int8 only.
         slots: [S], integer.
         values: [S, ..., N], float32.
+        num_tokens: [S], integer, tokens in each state, for int8 only.
     """
     if scales is None:
         state[slots] = values.to(state.dtype)
         return
+    assert num_tokens is not None
     for rows in row_blocks(len(values), values[:1].nbytes, _BLOCK_BYTES):
-        state[slots[rows]], scales[slots[rows]] = quantise(values[rows])
+        state[slots[rows]], scales[slots[rows]] = quantise(values[rows], num_tokens[rows])
 
 
 def _signed(factor: int) -> int:
