@@ -203,7 +203,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
                 else:
                     xs, ys = list(TIME_CONSTANTS), mine[-1]["output"][0]
                 panel.plot(xs, ys, "o-", color=colour, label=store, lw=1.3, ms=3.5)
-            panel.set_xscale("log", base=4)
+            panel.set_xscale("log")
+            panel.set_xticks(xs, [f"{x:,.0f}" for x in xs])
+            panel.minorticks_off()
             panel.set_yscale("log")
             panel.grid(alpha=0.25, lw=0.6)
             is_model = name in MODELS

@@ -27,7 +27,8 @@ from vllm_thinkfast import envs
 pytestmark = pytest.mark.engine
 
 NUM_TOKENS = 48
-LARGEST_ERROR = 0.5
+LARGEST_ERROR = 0.03
+"""Of probabilities, after up to six roundings of a state. Measured: 0.007."""
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_log_probabilities(
         assert (ssm.dtype, scales.dtype) == (torch.int8, torch.float32)
         assert ssm.shape[:-1] == scales.shape
     for found, wanted in zip(log_probabilities(llm, PROMPTS), expected, strict=True):
-        error = (found - wanted).abs().max()
+        error = (found.exp() - wanted.exp()).abs().max()
         assert error < LARGEST_ERROR
     assert error > 0, "the state was not rounded"
 
