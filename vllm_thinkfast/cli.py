@@ -15,6 +15,7 @@ from vllm_thinkfast.bench.command import add_options as add_bench_options
 from vllm_thinkfast.bench.command import run as run_bench
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_SSM_DTYPES = (*_DTYPES, "int8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     size.add_argument("folder", type=Path, help="checkpoint folder; config files are enough")
     size.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the model")
-    size.add_argument("--ssm-dtype", choices=_DTYPES, default="float32", help="of the SSM state")
+    size.add_argument(
+        "--ssm-dtype",
+        choices=_SSM_DTYPES,
+        default="float32",
+        help="of the SSM state; int8 counts its scales (VLLM_THINKFAST_SSM_STATE=int8)",
+    )
     size.add_argument("--num-tokens", type=int, default=4096, help="length of the sequence")
     size.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks")
     size.add_argument("--json", action="store_true", help="machine-readable output")

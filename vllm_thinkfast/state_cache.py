@@ -4,15 +4,19 @@ One source for three users: the model classes (vLLM sizes its cache pages before
 the mixers (vLLM binds the pages to them), and ``thinkfast state-size``.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from vllm_thinkfast import envs
 from vllm_thinkfast.configs import LlambaConfig, MambaInLlamaConfig
 
 Config = LlambaConfig | MambaInLlamaConfig
-StateShapes = tuple[tuple[int, ...], tuple[int, ...]]
+StateShapes = tuple[tuple[int, ...], ...]
+SCALE_DTYPE = torch.float32
+"""Of the scales of 8-bit states, one for each row of N."""
 
 
 def check_tensor_parallel(config: Config, tp_size: int) -> None:
@@ -37,16 +41,20 @@ def check_tensor_parallel(config: Config, tp_size: int) -> None:
         )
 
 
-def state_shapes(config: Config, tp_size: int = 1) -> StateShapes:
-    """Shapes of the two states of one sequence in one layer, on one tensor-parallel rank.
+def state_shapes(
+    config: Config, tp_size: int = 1, ssm_dtype: torch.dtype = torch.float32
+) -> StateShapes:
+    """Shapes of the states of one sequence in one layer, on one tensor-parallel rank.
 
     Args:
         config: the model.
         tp_size: tensor-parallel ranks.
+        ssm_dtype: of the recurrent state; int8 has scales beside it.
 
     Returns:
         (conv, ssm): conv ``[K - 1, channels]`` or transposed, as VLLM_SSM_CONV_STATE_LAYOUT says;
-        ssm ``[H, P, N]``, for Mamba-1 ``[E, N]``.
+        ssm ``[H, P, N]``, for Mamba-1 ``[E, N]``. With int8 (conv, ssm, scales), scales ``[H, P]``,
+        for Mamba-1 ``[E]``.
 
     Raises:
         ValueError: the heads do not split into ``tp_size`` parts.
@@ -61,20 +69,27 @@ def state_shapes(config: Config, tp_size: int = 1) -> StateShapes:
         state_size=1,
         conv_kernel=config.conv_kernel,
     )
+    rows: tuple[int, ...]
     if isinstance(config, MambaInLlamaConfig) and config.mamba_version == "mamba1":
-        return conv, (config.mixer_size // tp_size, config.ssm_state_size)
-    if isinstance(config, LlambaConfig):
-        num_heads, head_dim = config.num_heads, config.head_dim
+        rows = (config.mixer_size // tp_size,)
+    elif isinstance(config, LlambaConfig):
+        rows = (config.num_heads // tp_size, config.head_dim)
     else:
-        num_heads, head_dim = config.mamba_num_heads, config.ssm_state_size
-    return conv, (num_heads // tp_size, head_dim, config.ssm_state_size)
+        rows = (config.mamba_num_heads // tp_size, config.ssm_state_size)
+    ssm = (*rows, config.ssm_state_size)
+    return (conv, ssm, rows) if ssm_dtype == torch.int8 else (conv, ssm)
 
 
-def state_dtypes(vllm_config: Any) -> tuple[torch.dtype, torch.dtype]:
+def state_dtypes(vllm_config: Any) -> tuple[torch.dtype, ...]:
     """(conv, ssm) dtypes: ``--mamba-cache-dtype`` and ``--mamba-ssm-cache-dtype``.
 
     The SSM state is float32 unless the user says otherwise: it accumulates over the whole sequence
-    and the published numbers were obtained from float32 scans.
+    and the published numbers were obtained from float32 scans. With VLLM_THINKFAST_SSM_STATE=int8
+    it is int8, and the third dtype is that of its scales.
+
+    Raises:
+        ValueError: the environment variable and the option contradict each other, or the
+            variable's value is unknown.
     """
     from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculator
 
@@ -85,14 +100,37 @@ def state_dtypes(vllm_config: Any) -> tuple[torch.dtype, torch.dtype]:
         cache_config.mamba_cache_dtype,
         "float32" if ssm_dtype == "auto" else ssm_dtype,
     )
-    return conv, ssm
+    if not envs.is_ssm_state_int8():
+        return conv, ssm
+    if ssm != torch.float32:
+        raise ValueError(
+            f"{envs.SSM_STATE}=int8 and --mamba-ssm-cache-dtype {ssm_dtype} contradict each other; "
+            "accepted beside it: auto and float32. Leave one of the two out."
+        )
+    return conv, torch.int8, SCALE_DTYPE
+
+
+def check_alignment(shapes: StateShapes, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raises ValueError if a state would begin between two multiples of its element size.
+
+    vLLM packs the states of a page one behind the other.
+    """
+    offset = 0
+    for shape, dtype in zip(shapes, dtypes, strict=True):
+        if offset % dtype.itemsize:
+            raise ValueError(
+                f"{envs.SSM_STATE}=int8: scales of {dtype.itemsize} bytes cannot begin at byte "
+                f"{offset}, behind states of {shapes[:-1]} elements; unset it for this model."
+            )
+        offset += math.prod(shape) * dtype.itemsize
 
 
 def state_copy_funcs() -> Any:
-    """How vLLM copies (conv, ssm) between cache blocks, for prefix caching."""
+    """How vLLM copies (conv, ssm) and scales between cache blocks, for prefix caching."""
     from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
 
-    return MambaStateCopyFuncCalculator.mamba1_state_copy_func()
+    conv, ssm = MambaStateCopyFuncCalculator.mamba1_state_copy_func()
+    return (conv, ssm, ssm) if envs.is_ssm_state_int8() else (conv, ssm)
 
 
 @dataclass(frozen=True)
@@ -102,7 +140,7 @@ class BytesPerSequence:
     conv_bytes: int
     """All layers' convolution states; does not grow with the sequence."""
     ssm_bytes: int
-    """All layers' recurrent states; does not grow with the sequence."""
+    """All layers' recurrent states and their scales; does not grow with the sequence."""
     kv_bytes_per_token: int
     """Keys and values of the attention layers, for each token of the sequence."""
 
@@ -127,7 +165,7 @@ def bytes_per_sequence(
         config: the model.
         dtype: of activations, keys and values.
         conv_dtype: of the convolution state; default: ``dtype``.
-        ssm_dtype: of the recurrent state.
+        ssm_dtype: of the recurrent state; with int8, its scales are counted too.
         tp_size: tensor-parallel ranks.
 
     Raises:
@@ -136,13 +174,15 @@ def bytes_per_sequence(
     check_tensor_parallel(config, tp_size)
     num_mixers = config.layers_block_type.count("mamba")
     conv = (config.conv_kernel - 1) * config.conv_dim // tp_size
-    ssm = config.mixer_size * config.ssm_state_size // tp_size
+    scale_bytes = SCALE_DTYPE.itemsize if ssm_dtype == torch.int8 else 0
+    row_bytes = config.ssm_state_size * ssm_dtype.itemsize + scale_bytes
+    ssm_bytes = config.mixer_size * row_bytes // tp_size
     kv = 0
     if isinstance(config, MambaInLlamaConfig):
         kv_heads = max(1, config.num_key_value_heads // tp_size)
         kv = 2 * len(config.attention_layers) * kv_heads * config.head_dim
     return BytesPerSequence(
         conv_bytes=num_mixers * conv * (conv_dtype or dtype).itemsize,
-        ssm_bytes=num_mixers * ssm * ssm_dtype.itemsize,
+        ssm_bytes=num_mixers * ssm_bytes,
         kv_bytes_per_token=kv * dtype.itemsize,
     )

@@ -8,7 +8,7 @@ does not depend on its length. Found by vLLM through the entry point group
 metric                                      value
 ==========================================  =====================================================
 thinkfast:conv_state_bytes_per_sequence     convolution states of a sequence, bytes
-thinkfast:ssm_state_bytes_per_sequence      recurrent states of a sequence, bytes
+thinkfast:ssm_state_bytes_per_sequence      recurrent states of a sequence with scales, bytes
 thinkfast:kv_bytes_per_token                keys and values of a token, bytes; 0 for Llamba
 thinkfast:running_state_bytes               states of the running sequences, bytes
 ==========================================  =====================================================
@@ -75,7 +75,7 @@ def _engine_bytes_per_sequence(vllm_config: Any) -> BytesPerSequence | None:
     config = model_config.hf_config
     if not isinstance(config, LlambaConfig | MambaInLlamaConfig):
         return None
-    conv_dtype, ssm_dtype = state_dtypes(vllm_config)
+    conv_dtype, ssm_dtype = state_dtypes(vllm_config)[:2]
     one = bytes_per_sequence(
         config,
         dtype=model_config.dtype,

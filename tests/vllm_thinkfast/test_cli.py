@@ -492,6 +492,19 @@ def test_state_size(
     assert f"{total / 2**20:.3f} MiB" in table
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_state_size_int8(fmt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A byte for each element, and a scale of four for each row of N of them."""
+    folder = write_checkpoint(tmp_path / "source", fmt)
+    elements = expected_sizes(folder, fmt, 2, 1, 1)["ssm_bytes"]
+    mamba = folder / "mamba_config.json"
+    options = json.loads((mamba if mamba.exists() else folder / "config.json").read_text())
+    N = options["ssm_cfg"].get("d_state", 16)
+    assert thinkfast("state-size", folder, "--json", "--ssm-dtype", "int8") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ssm_bytes"] == elements + elements // N * 4
+
+
 def test_state_size_of_a_converted_folder(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,12 +1,18 @@
 """Shapes, bytes and tensor-parallel limits of the state, against the numbers of real models."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from vllm_thinkfast import envs
 from vllm_thinkfast.configs import LlambaConfig, MambaInLlamaConfig
 from vllm_thinkfast.state_cache import (
     bytes_per_sequence,
+    check_alignment,
     check_tensor_parallel,
+    state_copy_funcs,
+    state_dtypes,
     state_shapes,
 )
 
@@ -42,6 +48,50 @@ def test_bytes() -> None:
     assert hybrid.ssm_bytes == 2 * 22 * 3072 * 16
     assert hybrid.kv_bytes_per_token == 2 * 2 * 6 * 8 * 128
     assert hybrid.total(100) == hybrid.conv_bytes + hybrid.ssm_bytes + 100 * 24576
+
+
+def test_int8() -> None:
+    """A scale of 4 bytes for each row of N elements of one byte."""
+    int8 = torch.int8
+    assert state_shapes(LLAMBA_3B, 4, int8) == ((3, 1792), (8, 96, 64), (8, 96))
+    assert state_shapes(M1_3B, 1, int8) == ((3, 3072), (3072, 16), (3072,))
+    assert state_shapes(MAMBA2_3B, 2, int8) == ((3, 2560), (12, 128, 128), (12, 128))
+    assert bytes_per_sequence(LLAMBA_3B, ssm_dtype=int8).ssm_bytes == 28 * 32 * 96 * (64 + 4)
+    assert bytes_per_sequence(M1_3B, ssm_dtype=int8, tp_size=2).ssm_bytes == 22 * 1536 * (16 + 4)
+
+
+def settings(ssm_dtype: str) -> SimpleNamespace:
+    """As much of vLLM's configuration as the dtypes depend on."""
+    cache = SimpleNamespace(mamba_cache_dtype="auto", mamba_ssm_cache_dtype=ssm_dtype)
+    return SimpleNamespace(cache_config=cache, model_config=SimpleNamespace(dtype=torch.bfloat16))
+
+
+def test_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(envs.SSM_STATE, raising=False)
+    assert state_dtypes(settings("auto")) == (torch.bfloat16, torch.float32)
+    assert state_dtypes(settings("float16")) == (torch.bfloat16, torch.float16)
+    assert len(state_copy_funcs()) == 2
+    monkeypatch.setenv(envs.SSM_STATE, "int8")
+    for accepted in ("auto", "float32"):
+        found = state_dtypes(settings(accepted))
+        assert found == (torch.bfloat16, torch.int8, torch.float32)
+    conv, ssm, scales = state_copy_funcs()
+    assert scales is ssm is not conv
+    for refused in ("float16", "bfloat16"):
+        with pytest.raises(ValueError, match=rf"SSM_STATE=int8 and .*-dtype {refused} contradict"):
+            state_dtypes(settings(refused))
+    monkeypatch.setenv(envs.SSM_STATE, "fp8")
+    with pytest.raises(ValueError, match=r"VLLM_THINKFAST_SSM_STATE=fp8: accepted is int8"):
+        state_dtypes(settings("auto"))
+
+
+def test_alignment() -> None:
+    """vLLM packs the states of a page, and a float32 must begin at a multiple of 4."""
+    dtypes = (torch.bfloat16, torch.int8, torch.float32)
+    check_alignment(((3, 6), (4, 8), (4,)), dtypes)
+    check_alignment(((3, 5), (1, 2), (1,)), dtypes)
+    with pytest.raises(ValueError, match=r"of 4 bytes cannot begin at byte 62.*unset it"):
+        check_alignment(((3, 5), (4, 8), (4,)), dtypes)
 
 
 def test_impossible_split() -> None:

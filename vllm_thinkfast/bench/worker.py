@@ -101,8 +101,8 @@ class Engine:
             "weight_bytes": elements * model_config.dtype.itemsize,
             "weight_elements": elements,
             "state_bytes": sum(spec.state_content_size_bytes for spec in states),
-            # The convolution's state comes first in every model of vLLM.
-            "state_elements": sum(math.prod(spec.shapes[-1]) for spec in states),
+            # The convolution's state comes first in every model of vLLM; scales of ours are last.
+            "state_elements": sum(math.prod(spec.shapes[:2][-1]) for spec in states),
             "kv_bytes_per_token": sum(
                 spec.unpadded_page_size_bytes // spec.block_size for spec in attention
             ),

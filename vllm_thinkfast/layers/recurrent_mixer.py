@@ -23,6 +23,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm_thinkfast import compat, state_cache
 from vllm_thinkfast.layers.sharded import ShortConv
 from vllm_thinkfast.ops.backend import choose_backend, load_operator
+from vllm_thinkfast.ops.state_codec import reference as state_codec
 
 OP_NAME = "thinkfast_mixer"
 
@@ -58,13 +59,17 @@ class RecurrentMixer(MambaBase, nn.Module):
         self.config = vllm_config.model_config.hf_config
         self.state_dtypes = state_cache.state_dtypes(vllm_config)
         self.tp_size = get_tensor_model_parallel_world_size()
-        self.state_shapes = state_cache.state_shapes(self.config, self.tp_size)
+        self.state_shapes = state_cache.state_shapes(
+            self.config, self.tp_size, self.state_dtypes[1]
+        )
+        if len(self.state_shapes) > 2:
+            state_cache.check_alignment(self.state_shapes, self.state_dtypes)
         backend = choose_backend(vllm_config.device_config.device.type)
         self.conv_op = load_operator("causal_conv", backend)
         self.scan_op = load_operator(self.scan_operator, backend)
         self.prefix = prefix
         # vLLM replaces this by views into its cache pages, see MambaBase.bind_kv_cache.
-        self.kv_cache = (torch.tensor([]), torch.tensor([]))
+        self.kv_cache = tuple(torch.tensor([]) for _ in self.state_shapes)
         self.is_speculating = vllm_config.num_speculative_tokens > 0
         # For speculative decoding: tokens in the state of each slot, see _run_drafts.
         self.num_tokens_in = torch.empty(0, dtype=torch.int32)
@@ -75,11 +80,11 @@ class RecurrentMixer(MambaBase, nn.Module):
         compat.add_splitting_op(compilation_config, f"vllm::{OP_NAME}")
 
     def get_state_shape(self) -> state_cache.StateShapes:
-        """Shapes of (conv, ssm) of one sequence; vLLM's hook."""
+        """Shapes of (conv, ssm) or (conv, ssm, scales) of one sequence; vLLM's hook."""
         return self.state_shapes
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        """Dtypes of (conv, ssm); vLLM's hook."""
+        """Dtypes of the same; vLLM's hook."""
         return self.state_dtypes
 
     @property
@@ -121,7 +126,8 @@ class RecurrentMixer(MambaBase, nn.Module):
         if num_decode and self.is_speculating:
             self._run_drafts(metadata, projected, dt, output)
         elif num_decode:
-            conv, scan = self._decode_functions(compat.decode_state_indices(metadata)[:num_decode])
+            slots = compat.decode_state_indices(metadata)[:num_decode]
+            conv, scan = self._decode_functions(slots, metadata.seq_lens[:num_decode])
             output[:num_decode] = self.mix(projected[:num_decode], dt[:num_decode], conv, scan)
         if metadata.num_prefill_tokens:
             conv, scan = self._prefill_functions(metadata)
@@ -167,18 +173,20 @@ class RecurrentMixer(MambaBase, nn.Module):
             target = torch.where(is_token, slots[:, j], 0)
             for state in self.kv_cache:
                 state[target] = state[source]
-            conv, scan = self._decode_functions(target)
+            conv, scan = self._decode_functions(target, num_done + 1 + j)
             y = self.mix(projected[rows], dt[rows], conv, scan)
             output[rows] = torch.where(is_token[:, None], y, output[rows])
             source = target
 
-    def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views (conv [slots, K - 1, C], ssm [slots, ...]) into vLLM's pages."""
-        conv, ssm = self.kv_cache
-        return conv.transpose(1, 2) if is_conv_state_dim_first() else conv, ssm
+    def _states(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Views into vLLM's pages: conv [slots, K - 1, C], ssm [slots, ...], and int8's scales."""
+        conv, ssm, *scales = self.kv_cache
+        conv = conv.transpose(1, 2) if is_conv_state_dim_first() else conv
+        return conv, ssm, scales[0] if scales else None
 
-    def _decode_functions(self, slots: torch.Tensor) -> tuple[Conv, Scan]:
-        conv_state, ssm_state = self._states()
+    def _decode_functions(self, slots: torch.Tensor, num_tokens: torch.Tensor) -> tuple[Conv, Scan]:
+        """For slots [S] whose states have seen num_tokens [S] tokens afterwards."""
+        conv_state, ssm_state, scales = self._states()
 
         def conv(u: torch.Tensor) -> torch.Tensor:
             y: torch.Tensor = self.conv_op.decode(
@@ -187,16 +195,23 @@ class RecurrentMixer(MambaBase, nn.Module):
             return y
 
         def scan(*inputs: torch.Tensor) -> torch.Tensor:
-            y: torch.Tensor = self.scan_op.decode(ssm_state, slots, *inputs)
+            y: torch.Tensor = self.scan_op.decode(
+                ssm_state,
+                slots,
+                *inputs,
+                scales=scales,
+                num_tokens=None if scales is None else num_tokens,
+            )
             return y
 
         return conv, scan
 
     def _prefill_functions(self, metadata: Any) -> tuple[Conv, Scan]:
-        conv_state, ssm_state = self._states()
+        conv_state, ssm_state, scales = self._states()
         slots = metadata.state_indices_tensor_p
         has_state = metadata.has_initial_states_p
         cu_seqlens = metadata.query_start_loc_p
+        num_tokens = metadata.seq_lens[metadata.num_decodes :][: metadata.num_prefills]
 
         def conv(u: torch.Tensor) -> torch.Tensor:
             y: torch.Tensor = self.conv_op.prefill(
@@ -212,11 +227,11 @@ class RecurrentMixer(MambaBase, nn.Module):
             return y
 
         def scan(*inputs: torch.Tensor) -> torch.Tensor:
-            initial = ssm_state[slots].float()
+            initial = state_codec.read(ssm_state, scales, slots)
             # A fresh slot may hold anything, NaN too: mask, do not multiply.
             initial.masked_fill_(~has_state.view(-1, *[1] * (initial.dim() - 1)), 0.0)
             y, final = self.scan_op.prefill(*inputs, initial, cu_seqlens)
-            ssm_state[slots] = final.to(ssm_state.dtype)
+            state_codec.write(ssm_state, scales, slots, final, num_tokens)
             out: torch.Tensor = y
             return out
 

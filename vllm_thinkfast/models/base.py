@@ -213,13 +213,13 @@ class RecurrentForCausalLM(nn.Module, SupportsLoRA):
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> state_cache.StateShapes:
         """vLLM's hook: shapes before any layer exists."""
         return state_cache.state_shapes(
-            vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
+            vllm_config.model_config.hf_config,
+            vllm_config.parallel_config.tensor_parallel_size,
+            state_cache.state_dtypes(vllm_config)[1],
         )
 
     @classmethod
-    def get_mamba_state_dtype_from_config(
-        cls, vllm_config: VllmConfig
-    ) -> tuple[torch.dtype, torch.dtype]:
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
         """vLLM's hook: dtypes before any layer exists."""
         return state_cache.state_dtypes(vllm_config)
 

@@ -41,16 +41,19 @@ def padded_blocks(
         yield order[:active], starts[:active, None] + clamped, is_real
 
 
-def row_blocks(num_rows: int, row_bytes: int) -> Iterator[slice]:
-    """Cuts rows into consecutive blocks small enough for the caches.
+def row_blocks(
+    num_rows: int, row_bytes: int, block_bytes: int = _ROW_BLOCK_BYTES
+) -> Iterator[slice]:
+    """Cuts rows into consecutive blocks, by default small enough for the caches.
 
     Args:
         num_rows: rows in all.
         row_bytes: of one row of the temporaries.
+        block_bytes: of a block; a larger row is a block of its own.
 
     Yields:
         slices that cover the rows in order.
     """
-    block = max(1, _ROW_BLOCK_BYTES // row_bytes)
+    block = max(1, block_bytes // row_bytes)
     for begin in range(0, num_rows, block):
         yield slice(begin, min(begin + block, num_rows))

@@ -35,7 +35,8 @@ class EnginePool:
         from vllm import LLM
 
         settings = {**DEFAULTS, **options}
-        key = (str(folder), sorted(settings.items(), key=str))
+        ours = sorted(v for v in os.environ.items() if v[0].startswith("VLLM_THINKFAST_"))
+        key = (str(folder), sorted(settings.items(), key=str), ours)
         if key != self._key:
             self.close()
             self._engine = LLM(str(folder), **settings)

@@ -49,10 +49,14 @@ def huge_cache(slots: int, slot_stride: int, inner: torch.Size) -> torch.Tensor:
 
 
 def paged_cache(values: torch.Tensor) -> torch.Tensor:
-    """A cache [slots, ...] whose slots lie apart, as views into vLLM's byte pages; NaN between."""
+    """A cache [slots, ...] whose slots lie apart, as views into vLLM's byte pages; NaN between.
+
+    Between integers there is 99.
+    """
     per_slot = values[0].numel()
     page = per_slot + 24
-    memory = torch.full((len(values) * page + 8,), float("nan"), dtype=values.dtype)
+    filling = float("nan") if values.is_floating_point() else 99
+    memory = torch.full((len(values) * page + 8,), filling, dtype=values.dtype)
     inner = torch.empty(values.shape[1:]).stride()
     view = memory.as_strided(values.shape, (page, *inner), storage_offset=8)
     view.copy_(values)

@@ -38,10 +38,16 @@ def test_padded_blocks_of_nothing():
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "row_bytes", "sizes"),
-    [(0, 8, []), (3, 2**18, [3]), (9, 2**18, [4, 4, 1]), (2, 2**30, [1, 1])],
+    ("num_rows", "row_bytes", "block_bytes", "sizes"),
+    [
+        (0, 8, 2**20, []),
+        (3, 2**18, 2**20, [3]),
+        (9, 2**18, 2**20, [4, 4, 1]),
+        (2, 2**30, 2**20, [1, 1]),
+        (5, 2**18, 2**19, [2, 2, 1]),
+    ],
 )
-def test_row_blocks(num_rows, row_bytes, sizes):
-    blocks = list(row_blocks(num_rows, row_bytes))
+def test_row_blocks(num_rows, row_bytes, block_bytes, sizes):
+    blocks = list(row_blocks(num_rows, row_bytes, block_bytes))
     assert [b.stop - b.start for b in blocks] == sizes
     assert [i for b in blocks for i in range(b.start, b.stop)] == list(range(num_rows))

@@ -17,8 +17,12 @@ from tests.vllm_thinkfast.ops.data import (
     slices,
     split_points,
 )
+from vllm_thinkfast.ops.state_codec import reference as state_codec
 
 OPERATOR = "selective_scan"
+
+NUM_TOKENS = torch.tensor([9, 1, 2**20, 70], dtype=torch.int32)
+"""In the states of an 8-bit cache."""
 
 SHAPES = [  # H, P, G, N
     (4, 3, 4, 5),
@@ -221,6 +225,50 @@ def test_decode_dtypes_and_paged_cache(op, dtype, cache_dtype):
         assert_close(y[row], expected_y, "operator")
         assert_close(cache[slot], expected_state, "operator")
     assert torch.equal(cache[[0, 4]], before[[0, 4]])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decode_int8(op, shape):
+    """As with a float32 cache of the same states; what is written is off by less than a step."""
+    case = inputs(4, shape)
+    codes, factors = state_codec.quantise(torch.randn(6, *case[2].shape), torch.arange(6))
+    cache, scales = paged_cache(codes), paged_cache(factors)
+    slots = torch.tensor([[5, 9], [2, 9], [0, 9], [3, 9]])[:, 0]  # a column of a block table
+    wide = state_codec.dequantise(codes, factors)
+    y = op.decode(cache, slots, *case, scales=scales, num_tokens=NUM_TOKENS)
+    wanted_y = op.decode(wide, slots, *case)
+    real = [0, 1, 3]
+    assert_close(y[real], wanted_y[real], "operator")
+    for slot in slots[real].tolist():
+        found = state_codec.dequantise(cache[slot], scales[slot])
+        step = wide[slot].abs().amax(-1) / 127
+        assert_close(scales[slot], step, "operator")
+        assert ((found - wide[slot]).abs() < 1.001 * step[..., None]).all()
+    assert torch.equal(cache[[1, 4]], codes[[1, 4]]), "other slots must not change"
+    assert torch.equal(scales[[1, 4]], factors[[1, 4]])
+
+
+def test_decode_int8_rounds_by_element(op):
+    """All channels hold the same numbers, and still do not round the same way."""
+    B = torch.linspace(0.1, 1, 16).expand(1, 1, 16)
+    ones, A, C = torch.ones(1, 70), -torch.ones(70, 16), torch.ones(1, 2, 16)
+    cache, scales = torch.zeros(2, 70, 16, dtype=torch.int8), torch.zeros(2, 70)
+    op.decode(
+        cache,
+        torch.tensor([1]),
+        ones,
+        ones,
+        A,
+        B,
+        C,
+        torch.zeros(70),
+        scales=scales,
+        num_tokens=NUM_TOKENS[:1],
+    )
+    wanted, factors = state_codec.quantise(B[0].expand(1, 70, 16), NUM_TOKENS[:1])
+    assert torch.equal(cache[1], wanted[0])
+    assert torch.equal(scales[1], factors[0])
+    assert len({tuple(row) for row in cache[1].tolist()}) > 35
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])

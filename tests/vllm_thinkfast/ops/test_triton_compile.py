@@ -18,6 +18,7 @@ SHARED_MEMORY_BYTES = 48 * 1024
 
 NAMES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.bool: "i1",
+    torch.int8: "i8",
 }  # fmt: skip
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces the compiler")

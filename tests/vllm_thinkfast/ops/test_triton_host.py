@@ -6,14 +6,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton has no wheel for this machine")
 
-from tests.vllm_thinkfast.ops.triton_calls import CALLS, SIZES, arguments, record, recorded
+from tests.vllm_thinkfast.ops.triton_calls import (
+    CALLS,
+    SIZES,
+    arguments,
+    entry_point,
+    record,
+    recorded,
+)
 from vllm_thinkfast.ops.backend import OPERATORS, load_operator
 
 KERNELS = {
     ("discrete_ssd", "prefill"): ["_prefill_kernel"],
     ("discrete_ssd", "decode"): ["_decode_kernel"],
+    ("discrete_ssd", "decode_int8"): ["_decode_kernel"],
     ("selective_scan", "prefill"): ["_prefill_kernel"],
     ("selective_scan", "decode"): ["_decode_kernel"],
+    ("selective_scan", "decode_int8"): ["_decode_kernel"],
     ("causal_conv", "prefill"): ["_prefill_kernel", "_store_tail_kernel"],
     ("causal_conv", "decode"): ["_decode_kernel"],
 }
@@ -40,7 +49,7 @@ def test_no_tensor_is_read_by_the_host(operator, entry, size):
     args = arguments(operator, entry, size, torch.bfloat16)
     module = load_operator(operator, "triton")
     with recorded(module), Record():
-        getattr(module, entry)(*args)
+        entry_point(module, entry)(*args)
     # The fixture that fills allocations with NaN adds the second one.
     assert called == {"aten.empty.memory_format", "aten.fill_.Scalar"}
 

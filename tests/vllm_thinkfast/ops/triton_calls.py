@@ -18,9 +18,11 @@ SIZES = {  # what is published: Llamba-1B, Llamba-3B, MambaInLlama Mamba-2; Mamb
 CALLS = [
     (operator, entry, size)
     for operator in OPERATORS
-    for entry in ("prefill", "decode")
+    for entry in ("prefill", "decode", "decode_int8")
     for size in SIZES[operator]
+    if (operator, entry) != ("causal_conv", "decode_int8")
 ]
+"""``decode_int8`` is ``decode`` with a cache of 8-bit states."""
 
 
 class Launches(list):
@@ -78,7 +80,16 @@ def arguments(operator: str, entry: str, size: tuple[int, ...], dtype: torch.dty
                   zeros(T, H, N), zeros(E)]  # fmt: skip
     if entry == "decode":
         return [zeros(5, *state, dtype=f32), slots, *inputs]
+    if entry == "decode_int8":
+        scales = zeros(5, *state[:-1], dtype=f32)
+        return [zeros(5, *state, dtype=torch.int8), slots, *inputs, scales, slots.clone()]
     return [*inputs, zeros(S, *state, dtype=f32), cu_seqlens]
+
+
+def entry_point(module: ModuleType, entry: str) -> Callable[..., Any]:
+    """The host function that an entry of CALLS calls."""
+    function: Callable[..., Any] = getattr(module, entry.removesuffix("_int8"))
+    return function
 
 
 def record(
@@ -88,4 +99,4 @@ def record(
     module = load_operator(operator, "triton")
     args = arguments(operator, entry, size, dtype)
     with recorded(module) as launches:
-        return getattr(module, entry)(*args), launches
+        return entry_point(module, entry)(*args), launches

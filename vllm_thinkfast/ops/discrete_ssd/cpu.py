@@ -15,6 +15,7 @@ import torch
 
 from vllm_thinkfast.ops import vllm_kernels
 from vllm_thinkfast.ops.packing import padded_blocks, row_blocks
+from vllm_thinkfast.ops.state_codec import reference as state_codec
 
 CHUNK = 64
 """Tokens per chunk; the result does not depend on it. Measured with H 32, P 64, N 64 and 1024
@@ -94,13 +95,15 @@ def decode(
     B: torch.Tensor,
     C: torch.Tensor,
     D: torch.Tensor | None,
+    scales: torch.Tensor | None = None,
+    num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See ``reference.decode``."""
     H = x.shape[1]
     xf, Bf, Cf = x.float(), B.float(), C.float()
     kernel = vllm_kernels.find_state_update(state)
     if kernel is None:
-        y = _decode_torch(state, state_indices, xf, log_decay.float(), Bf, Cf)
+        y = _decode_torch(state, scales, num_tokens, state_indices, xf, log_decay.float(), Bf, Cf)
     else:
         dt = _step_sizes(log_decay)
         y = vllm_kernels.update_state(
@@ -118,6 +121,8 @@ def _step_sizes(log_decay: torch.Tensor) -> torch.Tensor:
 
 def _decode_torch(
     state: torch.Tensor,
+    scales: torch.Tensor | None,
+    num_tokens: torch.Tensor | None,
     state_indices: torch.Tensor,
     x: torch.Tensor,
     log_decay: torch.Tensor,
@@ -131,9 +136,9 @@ def _decode_torch(
     y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     for rows in row_blocks(S, 4 * H * P * B.shape[-1]):
         slots = state_indices[rows]
-        h = state.index_select(0, slots).float()
+        h = state_codec.read(state, scales, slots)
         h.mul_(decay[rows]).addcmul_(x[rows, ..., None], Bh[rows])
-        state[slots] = h.to(state.dtype)
+        state_codec.write(state, scales, slots, h, None if num_tokens is None else num_tokens[rows])
         torch.sum(h.mul_(Ch[rows]), -1, out=y[rows])
     return y
 

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_thinkfast.ops.state_codec.triton import quantise
+
 CHUNK = 32
 """Tokens per chunk up to N = 64; the result does not depend on it. Products in full float32 do not
 run on matrix units, so that short chunks, which waste less on the triangle, are cheaper; with these
@@ -122,9 +124,11 @@ def _prefill_kernel(
 
 @triton.jit
 def _decode_kernel(
-    state_ptr, state_indices_ptr, x_ptr, log_decay_ptr, B_ptr, C_ptr, D_ptr, y_ptr,
+    state_ptr, scales_ptr, num_tokens_ptr, state_indices_ptr,
+    x_ptr, log_decay_ptr, B_ptr, C_ptr, D_ptr, y_ptr,
     P, N, heads_per_group,
     state_stride_slot, state_stride_h, state_stride_p, state_stride_n,
+    scales_stride_slot, scales_stride_h, scales_stride_p, num_tokens_stride,
     state_indices_stride,
     x_stride_s, x_stride_h, x_stride_p,
     log_decay_stride_s, log_decay_stride_h,
@@ -132,7 +136,7 @@ def _decode_kernel(
     C_stride_s, C_stride_g, C_stride_n,
     D_stride_h, D_stride_p,
     y_stride_s, y_stride_h, y_stride_p,
-    HAS_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_SCALES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1)
@@ -161,9 +165,22 @@ def _decode_kernel(
         state_ptr + slot * state_stride_slot + h * state_stride_h
         + p[:, None] * state_stride_p + n[None, :] * state_stride_n
     )  # fmt: skip
-    state = tl.load(state_ptrs, mask=in_state, other=0.0).to(tl.float32)
+    if HAS_SCALES:
+        scales_ptrs = (
+            scales_ptr + slot * scales_stride_slot + h * scales_stride_h + p * scales_stride_p
+        )
+        scales = tl.load(scales_ptrs, mask=in_p, other=0.0)
+        state = tl.load(state_ptrs, mask=in_state, other=0).to(tl.float32) * scales[:, None]
+    else:
+        state = tl.load(state_ptrs, mask=in_state, other=0.0).to(tl.float32)
     state = state * tl.exp(log_decay.to(tl.float32)) + x[:, None] * B[None, :]
-    tl.store(state_ptrs, state.to(state_ptr.dtype.element_ty), mask=in_state)
+    if HAS_SCALES:
+        num_tokens = tl.load(num_tokens_ptr + s * num_tokens_stride)
+        codes, scales = quantise(state, num_tokens, (h * P + p[:, None]) * N + n[None, :])
+        tl.store(state_ptrs, codes, mask=in_state)
+        tl.store(scales_ptrs, scales, mask=in_p)
+    else:
+        tl.store(state_ptrs, state.to(state_ptr.dtype.element_ty), mask=in_state)
     y = tl.sum(state * C[None, :], axis=1)
     if HAS_D:
         D = tl.load(D_ptr + h * D_stride_h + p * D_stride_p, mask=in_p, other=0.0).to(tl.float32)
@@ -210,6 +227,8 @@ def decode(
     B: torch.Tensor,
     C: torch.Tensor,
     D: torch.Tensor | None,
+    scales: torch.Tensor | None = None,
+    num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See ``reference.decode``; slot 0 is neither read nor written, its rows of y are zero."""
     S, H, P = x.shape
@@ -219,14 +238,25 @@ def decode(
     block_n = triton.next_power_of_2(N)
     block_p = min(_DECODE_BLOCK_P, triton.next_power_of_2(P))
     _decode_kernel[(S, H, triton.cdiv(P, block_p))](
-        state, state_indices, x, log_decay, B, C, D, y,
+        state, scales, num_tokens, state_indices, x, log_decay, B, C, D, y,
         P, N, H // G,
-        *state.stride(), state_indices.stride(0), *x.stride(), *log_decay.stride(),
+        *state.stride(), *_scale_strides(scales, num_tokens),
+        state_indices.stride(0), *x.stride(), *log_decay.stride(),
         *B.stride(), *C.stride(), *_skip_strides(D), *y.stride(),
-        HAS_D=D is not None, BLOCK_P=block_p, BLOCK_N=block_n,
+        HAS_D=D is not None, HAS_SCALES=scales is not None, BLOCK_P=block_p, BLOCK_N=block_n,
         num_warps=4 if block_p * block_n >= 2048 else 1,
     )  # fmt: skip
     return y
+
+
+def _scale_strides(
+    scales: torch.Tensor | None, num_tokens: torch.Tensor | None
+) -> tuple[int | None, ...]:
+    """Of scales [slots, H, P] and num_tokens [S]; with None the kernel is compiled without them."""
+    if scales is None:
+        return (None,) * 4
+    assert num_tokens is not None
+    return *scales.stride(), num_tokens.stride(0)
 
 
 def _skip_strides(D: torch.Tensor | None) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import torch
 
 from vllm_thinkfast.ops import vllm_kernels
 from vllm_thinkfast.ops.packing import padded_blocks, row_blocks
+from vllm_thinkfast.ops.state_codec import reference as state_codec
 
 _BLOCK_BYTES = 2 * 2**20
 """Size of one block's [Q, A, E, N] float32 tensors: large enough to amortise calls, small enough
@@ -69,12 +70,14 @@ def decode(
     B: torch.Tensor,
     C: torch.Tensor,
     D: torch.Tensor,
+    scales: torch.Tensor | None = None,
+    num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See ``reference.decode``."""
     xf, dtf, Bf, Cf = x.float(), dt.float(), B.float(), C.float()
     kernel = vllm_kernels.find_state_update(state)
     if kernel is None:
-        y = _decode_torch(state, state_indices, dtf * xf, dtf, A, Bf, Cf)
+        y = _decode_torch(state, scales, num_tokens, state_indices, dtf * xf, dtf, A, Bf, Cf)
     else:
         y = _decode_kernel(kernel, state, state_indices, dtf * xf, dtf, A, Bf, Cf)
     return y.addcmul_(D.float(), xf).to(x.dtype)
@@ -117,6 +120,8 @@ def _decode_kernel(
 
 def _decode_torch(
     state: torch.Tensor,
+    scales: torch.Tensor | None,
+    num_tokens: torch.Tensor | None,
     state_indices: torch.Tensor,
     dtx: torch.Tensor,
     dt: torch.Tensor,
@@ -130,10 +135,10 @@ def _decode_torch(
     y = torch.empty(S, H, E // H, dtype=torch.float32, device=dtx.device)
     for rows in row_blocks(S, 4 * E * N):
         slots = state_indices[rows]
-        h = state.index_select(0, slots).float()  # [A, E, N]
+        h = state_codec.read(state, scales, slots)  # [A, E, N]
         h *= torch.mul(dt[rows, :, None], A).exp_()
         inputs = dtx[rows].view(-1, G, E // G, 1)
         h.view(-1, G, E // G, N).addcmul_(inputs, B[rows, :, None])
-        state[slots] = h.to(state.dtype)
+        state_codec.write(state, scales, slots, h, None if num_tokens is None else num_tokens[rows])
         torch.sum(h.view(-1, H, E // H, N).mul_(C[rows, :, None]), -1, out=y[rows])
     return y.view(S, E)

@@ -15,6 +15,8 @@ N ssm_state_size.
 
 import torch
 
+from vllm_thinkfast.ops.state_codec import reference as state_codec
+
 
 def prefill(
     x: torch.Tensor,
@@ -60,11 +62,14 @@ def decode(
     B: torch.Tensor,
     C: torch.Tensor,
     D: torch.Tensor,
+    scales: torch.Tensor | None = None,
+    num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Advances each sequence by one token; the cache is updated in place.
 
     Args:
-        state: [slots, E, N], the cache, any float dtype; computed in float32.
+        state: [slots, E, N], the cache, any float dtype, or int8 with scales; computed in float32,
+            y from the state before it is rounded.
         state_indices: [S], slot of each sequence; slot 0 is vLLM's null block (padding rows): its
             content and the row's output are undefined.
         x: [S, E].
@@ -73,6 +78,9 @@ def decode(
         B: [S, G, N].
         C: [S, H, N].
         D: [E].
+        scales: [slots, E], float32, for an int8 cache only; updated in place.
+        num_tokens: [S], integer, tokens in each state after this one, for an int8 cache only: the
+            noise of its rounding depends on it.
 
     Returns:
         y [S, E] in x's dtype.
@@ -80,9 +88,12 @@ def decode(
     y = torch.zeros_like(x)
     for s, slot in enumerate(state_indices.tolist()):
         row = slice(s, s + 1)
-        current = state[slot : slot + 1].float()
+        here = torch.tensor([slot], device=state.device)
+        current = state_codec.read(state, scales, here)
         y[row] = _step(current, x[row], dt[row], A, B[row], C[row], D).to(x.dtype)
-        state[slot] = current[0].to(state.dtype)
+        state_codec.write(
+            state, scales, here, current, None if num_tokens is None else num_tokens[row]
+        )
     return y
 
 

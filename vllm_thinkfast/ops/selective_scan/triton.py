@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_thinkfast.ops.state_codec.triton import quantise
+
 _PREFILL_CHANNELS = 16
 """Channels per prefill program: few, so that one long sequence still occupies the whole device."""
 _DECODE_CHANNELS = 64
@@ -71,9 +73,11 @@ def _prefill_kernel(
 
 @triton.jit
 def _decode_kernel(
-    state_ptr, state_indices_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, y_ptr,
+    state_ptr, scales_ptr, num_tokens_ptr, state_indices_ptr,
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, y_ptr,
     E, N, channels_per_group, channels_per_head,
     state_stride_slot, state_stride_e, state_stride_n,
+    scales_stride_slot, scales_stride_e, num_tokens_stride,
     state_indices_stride,
     x_stride_s, x_stride_e,
     dt_stride_s, dt_stride_e,
@@ -82,7 +86,7 @@ def _decode_kernel(
     C_stride_s, C_stride_h, C_stride_n,
     D_stride_e,
     y_stride_s, y_stride_e,
-    BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_SCALES: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0).to(tl.int64)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -112,9 +116,20 @@ def _decode_kernel(
         state_ptr + slot * state_stride_slot
         + e[:, None] * state_stride_e + n[None, :] * state_stride_n
     )  # fmt: skip
-    state = tl.load(state_ptrs, mask=in_state, other=0.0).to(tl.float32)
+    if HAS_SCALES:
+        scales_ptrs = scales_ptr + slot * scales_stride_slot + e * scales_stride_e
+        scales = tl.load(scales_ptrs, mask=in_e, other=0.0)
+        state = tl.load(state_ptrs, mask=in_state, other=0).to(tl.float32) * scales[:, None]
+    else:
+        state = tl.load(state_ptrs, mask=in_state, other=0.0).to(tl.float32)
     state = tl.exp(dt[:, None] * A) * state + (dt * x)[:, None] * B
-    tl.store(state_ptrs, state.to(state_ptr.dtype.element_ty), mask=in_state)
+    if HAS_SCALES:
+        num_tokens = tl.load(num_tokens_ptr + s * num_tokens_stride)
+        codes, scales = quantise(state, num_tokens, e[:, None] * N + n[None, :])
+        tl.store(state_ptrs, codes, mask=in_state)
+        tl.store(scales_ptrs, scales, mask=in_e)
+    else:
+        tl.store(state_ptrs, state.to(state_ptr.dtype.element_ty), mask=in_state)
     y = tl.sum(state * C, axis=1) + D * x
     tl.store(y_ptr + s * y_stride_s + e * y_stride_e, y.to(y_ptr.dtype.element_ty), mask=e < E)
 
@@ -156,6 +171,8 @@ def decode(
     B: torch.Tensor,
     C: torch.Tensor,
     D: torch.Tensor,
+    scales: torch.Tensor | None = None,
+    num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See ``reference.decode``; slot 0 is neither read nor written, its rows of y are zero."""
     E, N = A.shape
@@ -163,14 +180,25 @@ def decode(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block_n = triton.next_power_of_2(N)
     _decode_kernel[(len(x), triton.cdiv(E, _DECODE_CHANNELS))](
-        state, state_indices, x, dt, A, B, C, D, y,
+        state, scales, num_tokens, state_indices, x, dt, A, B, C, D, y,
         E, N, per_group, per_head,
-        *state.stride(), state_indices.stride(0),
+        *state.stride(), *_scale_strides(scales, num_tokens),
+        state_indices.stride(0),
         *x.stride(), *dt.stride(), *A.stride(), *B.stride(), *C.stride(), D.stride(0), *y.stride(),
-        BLOCK_E=_DECODE_CHANNELS, BLOCK_N=block_n,
+        HAS_SCALES=scales is not None, BLOCK_E=_DECODE_CHANNELS, BLOCK_N=block_n,
         num_warps=_num_warps(_DECODE_CHANNELS * block_n),
     )  # fmt: skip
     return y
+
+
+def _scale_strides(
+    scales: torch.Tensor | None, num_tokens: torch.Tensor | None
+) -> tuple[int | None, ...]:
+    """Of scales [slots, E] and num_tokens [S]; with None the kernel is compiled without them."""
+    if scales is None:
+        return (None,) * 3
+    assert num_tokens is not None
+    return *scales.stride(), num_tokens.stride(0)
 
 
 def _channels_per(E: int, B: torch.Tensor, C: torch.Tensor) -> tuple[int, int]:

@@ -1,0 +1,101 @@
+"""The study of state dtypes: drift against the closed form, agreement, tables; no engine here."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scripts import state_drift, state_study
+
+
+def constant_inputs(num_tokens: int, decay: float) -> state_drift.Inputs:
+    """One layer, two heads, the same input for every token."""
+    ones = torch.ones(num_tokens, 1, 2, 4)
+    log_decay = torch.full((num_tokens, 1, 2), math.log(decay))
+    return state_drift.Inputs(ones, log_decay, ones, ones)
+
+
+def test_drift_of_float32_and_bfloat16() -> None:
+    """h = 1 + h / 2 comes to 2, which both hold; h = 1 + 0.999 h stops growing in bfloat16."""
+    for found in state_drift.drift(constant_inputs(64, 0.5), (32, 64)):
+        if found["store"] in ("float32", "bfloat16", "float16"):
+            assert max(found["state"][0]) < 5e-3
+    slow = {
+        e["store"]: e["state"][0][0]
+        for e in state_drift.drift(constant_inputs(2000, 0.999), (2000,))
+    }
+    assert slow["float32"] < 1e-4
+    assert slow["bfloat16"] > 0.3
+
+
+def test_drift_of_int8() -> None:
+    """To nearest loses small inputs altogether; at random does not, on average."""
+    torch.manual_seed(0)
+    inputs = state_drift.slow_inputs(1000, seed=1, size=16)
+    errors = {e["store"]: e for e in state_drift.drift(inputs, (500, 1000)) if e["tokens"] == 1000}
+    assert errors["float32"]["state"][0][0] < 1e-5 < errors["float16"]["state"][0][0]
+    assert errors["float16"]["output"][0][0] < errors["int8"]["output"][0][0] < 1
+    assert len(errors["int8"]["state"][0]) == len(state_drift.TIME_CONSTANTS)
+
+
+def test_to_nearest() -> None:
+    state = torch.tensor([[[127.0, 1.4, -1.6, 0.4], [0.0, 0.0, 0.0, 0.0]]])
+    wanted = torch.tensor([[[127.0, 1.0, -2.0, 0.0], [0.0, 0.0, 0.0, 0.0]]])
+    assert torch.allclose(state_drift.to_nearest(state, 5), wanted)
+
+
+def test_time_constants() -> None:
+    found = state_drift.time_constants(state_drift.slow_inputs(10, size=2))
+    assert torch.allclose(found, torch.tensor([state_drift.TIME_CONSTANTS]).double())
+
+
+def test_agreement() -> None:
+    found = state_study.agreement([[1, 2, 3], [1, 9, 3], [4]], [[1, 2, 3], [1, 2, 3], [4, 5]])
+    assert found == {"same_answers": 1 / 3, "before_difference": 5 / 8}
+
+
+def engine_result(store: str, tokens: list[int]) -> dict[str, Any]:
+    return {
+        "git_commit": state_study.git_commit(),
+        "model": "thinkfast/x",
+        "store": store,
+        "bytes_per_state": 1024,
+        "pass@1": 0.5,
+        "pass@1_stderr": 0.01,
+        "sampled_s": 1.0,
+        "greedy": [tokens],
+    }
+
+
+def test_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the engines, whose results are there already."""
+    for name in state_study.MODELS:
+        inputs = state_drift.slow_inputs(64, size=4)
+        torch.save(vars(inputs), tmp_path / f"{name}-inputs.pt")
+        for store in state_study.ENGINE_STORES:
+            result = engine_result(store, [1, 2] if store == "int8" else [1, 3])
+            (tmp_path / f"{name}-{store}-3x2.json").write_text(json.dumps(result))
+    options = ["--problems", "3", "--samples", "2", "--tokens", "64", "--out", str(tmp_path)]
+    assert state_study.main(options) == 0
+    found = json.loads((tmp_path / "study.json").read_text())
+    assert len(found["engines"]) == 8
+    text = (tmp_path / "tables.md").read_text()
+    assert "| x | int8 | 1,024 | 0.000 | 0.500 | 0.500 ± 0.010 |" in text
+    assert "| 16,384 | output |" in text
+    assert (tmp_path / "drift.png").stat().st_size > 1000
+
+
+def test_failed_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(state_study.sys, "executable", "false")
+    assert state_study.main(["--out", str(tmp_path)]) == 2
+    assert "llamba-tiny, float32: exit code 1" in capsys.readouterr().err
+
+
+def test_wrong_number_of_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert state_study.main(["--tokens", "7", "--out", str(tmp_path)]) == 2
+    assert "--tokens 7: accepted are 64 to 16384" in capsys.readouterr().err
