@@ -85,7 +85,7 @@ class Recorder:
             test = report.nodeid.partition("[")[0]
             if report.failed:
                 cells[model] = {"state": FAILS, "test": test}
-            elif cells.get(model, {}).get("state") != FAILS:
+            elif model not in cells:  # of several tests that pass, the first one is named
                 state = {"state": REFUSED, "why": why} if why else {"state": WORKS}
                 cells[model] = {**state, "test": test}
 
