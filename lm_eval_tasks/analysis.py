@@ -90,7 +90,11 @@ class Run:
     """Lines of grading.jsonl: who judged the samples."""
     reward: dict[str, Any] | None
     """Which reward model made the scores, see `lm_eval_tasks.provenance.read_reward`."""
-    reward_hash: str | None = None
+
+    @property
+    def reward_hash(self) -> str | None:
+        """Of the reward model whose scores these are; None without scores."""
+        return None if self.reward is None else self.reward["reward_hash"]
 
     @property
     def group(self) -> tuple[str, str, str]:
@@ -167,7 +171,6 @@ def load_run(folder: Path, settings: Settings) -> Run:
         throughput=read_throughput(folder),
         grading=read_grading(folder),
         reward=None if settings.reward is None else read_reward(folder, settings.reward),
-        reward_hash=scored.reward_hash,
     )
 
 
@@ -200,19 +203,21 @@ def _charge_reward_by_token(runs: Sequence[Run]) -> list[Run]:
     """Give all samples one price per token that the reward model read.
 
     It reads the runs one after another. What the machine does meanwhile would pass for a difference
-    between them, though reading a token costs the same whoever wrote it. Scores of different reward
-    models, and those of earlier versions, which do not say how many tokens were read, keep the
-    measured seconds.
+    between them, though reading a token costs the same whoever wrote it. Every reward model has its
+    own price. Scores of earlier versions, which do not say how many tokens were read, keep the
+    measured seconds, and so do all others of their reward model.
     """
-    flat = [one for run in runs for drawn in run.samples.values() for one in drawn]
-    read = [one for one in flat if one.reward_s is not None]
-    tokens = sum(one.reward_tokens or 0 for one in read)
-    is_known = all(one.reward_tokens is not None for one in read)
-    if not tokens or not is_known or len({run.reward_hash for run in runs}) > 1:
-        return list(runs)
-    price = math.fsum(one.reward_s or 0.0 for one in read) / tokens
+    of_reward: dict[str | None, list[ScoredSample]] = {}
+    for run in runs:
+        read = [one for drawn in run.samples.values() for one in drawn if one.reward_s is not None]
+        of_reward.setdefault(run.reward_hash, []).extend(read)
+    prices: dict[str | None, float] = {}
+    for reward_hash, read in of_reward.items():
+        tokens = sum(one.reward_tokens or 0 for one in read)
+        if tokens and all(one.reward_tokens is not None for one in read):
+            prices[reward_hash] = math.fsum(one.reward_s or 0.0 for one in read) / tokens
 
-    def charged(one: ScoredSample) -> ScoredSample:
+    def charged(one: ScoredSample, price: float) -> ScoredSample:
         return replace(
             one,
             reward_s=None if one.reward_s is None else price * (one.reward_tokens or 0),
@@ -220,7 +225,15 @@ def _charge_reward_by_token(runs: Sequence[Run]) -> list[Run]:
         )
 
     return [
-        replace(run, samples={name: [*map(charged, drawn)] for name, drawn in run.samples.items()})
+        replace(
+            run,
+            samples={
+                name: [charged(one, prices[run.reward_hash]) for one in drawn]
+                for name, drawn in run.samples.items()
+            },
+        )
+        if run.reward_hash in prices
+        else run
         for run in runs
     ]
 
@@ -260,12 +273,16 @@ def _check_rewards(runs: Sequence[Run]) -> None:
     for run in runs[1:]:
         if first.reward is None or run.reward is None:
             continue
-        hashes = first.reward["reward_hash"], run.reward["reward_hash"]
+        hashes = first.reward_hash, run.reward_hash
         if hashes[0] == hashes[1]:
             continue
         there, here = first.reward["description"], run.reward["description"]
-        keys = [key for key in there if key not in _NOT_IDENTITY and there[key] != here.get(key)]
-        what = "".join(f"; {key} {there[key]!r} and {here.get(key)!r}" for key in keys)
+        keys = [key for key in {**there, **here} if key not in _NOT_IDENTITY]
+        what = "".join(
+            f"; {key} {there.get(key)!r} and {here.get(key)!r}"
+            for key in keys
+            if there.get(key) != here.get(key)
+        )
         name = run.reward["name"]
         stop(
             f"--reward {name}: {first.folder} and {run.folder} have scores of different reward "

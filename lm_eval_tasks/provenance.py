@@ -20,12 +20,12 @@ CONDITIONS = ("versions", "hardware", "git_commit")
 
 
 def record_grading(folder: Path, command: str | None, num_judged: int) -> None:
-    """Append to grading.jsonl that a command judges samples of a run; the caller holds the lock.
+    """Append to grading.jsonl that a command begins to judge a run; the caller holds the lock.
 
     Args:
         folder: the run folder.
         command: the command line.
-        num_judged: samples that had no verdict before.
+        num_judged: samples without a verdict when it began; a killed command left some of them.
 
     Raises:
         InputError: the file cannot be written.

@@ -60,8 +60,6 @@ class ScoredRun:
     num_distinct_texts: int
     """Different texts, those of different problems counted apart."""
     occupancy: Occupancy
-    reward_hash: str | None = None
-    """Of the reward whose scores these are; None without one."""
 
 
 def load_scored(
@@ -145,9 +143,7 @@ def load_scored_run(
                     reward_tokens=score.num_tokens if score else None,
                 )
             )
-    # All scores of a file have one hash; see `read_scores`.
-    reward_hash = next((score.reward_hash for score in scores.values()), None)
-    return ScoredRun(samples, records, len(texts), occupancy, reward_hash)
+    return ScoredRun(samples, records, len(texts), occupancy)
 
 
 def finish_times(samples: Iterable[SampleRecord], regime: str) -> dict[tuple[str, int], float]:

@@ -245,7 +245,8 @@ def _spread(row: Mapping[str, Any], low: str, high: str) -> str:
     if row["rounds"] < 2:
         return _ONE_ROUND
     if row[low] is None:
-        if row["rounds"] != row["baseline_rounds"]:
+        is_paired = row["rounds"] == row["baseline_rounds"]
+        if "speedup" in low and row["round_low_s"] is not None and not is_paired:
             return f"{row['rounds']} rounds, baseline {row['baseline_rounds']}: not paired"
         return ""
     return f"{row[low]:.4g} to {row[high]:.4g} ({row['rounds']} rounds)"

@@ -59,11 +59,11 @@ def slowness(
         busy_s: the server seconds that ``reward_s`` comes on top of; default: those of the rounds.
 
     Returns:
-        One factor per round; around 1. Empty where no time or no tokens are known.
+        One factor per round; around 1. Empty where a round has no time or no tokens.
     """
     total_s = sum(one["busy_s"] for one in rounds)
     total_tokens = sum(one["num_tokens"] for one in rounds)
-    if not total_s or not all(one["num_tokens"] for one in rounds):
+    if not all(one["busy_s"] and one["num_tokens"] for one in rounds):
         return []
     generating_s = total_s if busy_s is None else busy_s
     factors = []

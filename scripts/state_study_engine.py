@@ -153,7 +153,9 @@ def main(arguments: list[str]) -> int:
     }
     if inputs:
         torch.save(record_inputs(llm, 16384), inputs[0])
-    Path(out).write_text(json.dumps(found) + "\n", encoding="utf-8")
+    part = Path(f"{out}.part")
+    part.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    part.replace(out)  # whole or not there, whenever this is killed
     return 0
 
 

@@ -313,14 +313,16 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="tiny_study", description=__doc__)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "study", help="run folders")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study" / "results")
+    parser.add_argument("--out", type=Path, help="default: results, or chosen with --only, there")
     parser.add_argument("--seeds", type=int, default=1, help="runs of every variant")
     parser.add_argument("--share", type=float, default=1.0, help="of the recipes' tokens")
     parser.add_argument(
         "--only", action="append", metavar="NAME", help="a variant; may be repeated; default: all"
     )
     options = parser.parse_args(arguments)
-    runs, out = options.runs.resolve(), options.out.resolve()
+    runs = options.runs.resolve()
+    # A part of the study does not replace the whole one.
+    out = (options.out or runs / ("chosen" if options.only else "results")).resolve()
     try:
         if options.seeds < 1:
             raise TrainingError(f"--seeds {options.seeds}: need at least 1")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lm_eval_tasks.commands.report import add_analysis_arguments, settings_of
-from lm_eval_tasks.commands.sample import UNSEEDED, add_speed_arguments
+from lm_eval_tasks.commands.sample import DEFAULT_SEED, UNSEEDED, add_speed_arguments
 from lm_eval_tasks.compare import PLAN, Model, Plan, parse_model, run_plan
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.jsonl import read_object
@@ -167,8 +167,7 @@ def _plan(options: argparse.Namespace) -> Plan:
             f"--rounds {rounds}: more than the {count} problems to divide; give --rounds {count} "
             "or fewer"
         )
-    if options.seed is None and not _began_with_seeds(options.out):
-        options.seed = UNSEEDED
+    options.seed = _seed(options)
     sampling: list[str] = []
     for name in _PASSED_ON:
         value = getattr(options, name)
@@ -228,10 +227,21 @@ def _number(value: str | None) -> float | str | None:
         return value
 
 
-def _began_with_seeds(folder: Path) -> bool:
-    """Whether a comparison without ``--seed`` of an earlier version began here: it had seeds."""
-    path = folder / PLAN
-    return path.exists() and "--seed" not in read_object(path).get("sampling", ["--seed"])
+def _seed(options: argparse.Namespace) -> int | None:
+    """Return the seed of the runs; a comparison that was begun with another default keeps it.
+
+    None, which `sample` takes as its own default, stands for that seed in a comparison of an
+    earlier version: its plan names none.
+    """
+    given: int | None = options.seed
+    path = options.out / PLAN
+    if not path.exists():
+        return UNSEEDED if given is None else given
+    sampling = read_object(path).get("sampling", [])
+    if "--seed" not in sampling:
+        return None if given == DEFAULT_SEED else given
+    at = sampling.index("--seed") + 1
+    return int(sampling[at]) if given is None else given
 
 
 def _num_problems(options: argparse.Namespace, model: Model) -> dict[str, int]:

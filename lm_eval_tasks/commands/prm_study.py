@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval_tasks.analysis import Settings, load_run
+from lm_eval_tasks.analysis import Run, Settings, load_run
 from lm_eval_tasks.commands.reward import load_and_score
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.estimators import reported_ks
@@ -94,11 +94,12 @@ def run(options: argparse.Namespace) -> int:
         require_matplotlib()
     rewards = _rewards(options)
     loaded = {str(folder): _load(folder, rewards) for folder in options.runs}
+    runs = [load_run(folder, Settings()) for folder in options.runs]
     ks, k = _ks(options, loaded)
     study = Study(ks, options.num_subsets, options.repeats, options.seed)
     chosen = list(conditions(rewards, AGGREGATIONS, options.aggregation, levels))
     results = _study(loaded, chosen, study)
-    text = _write(options, results, rewards, study, k)
+    text = _write(options, runs, results, rewards, study, k)
     sys.stdout.write(text)
     return 0
 
@@ -229,6 +230,7 @@ def _study(
 
 def _write(
     options: argparse.Namespace,
+    runs: Sequence[Run],
     results: list[dict[str, Any]],
     rewards: Sequence[str],
     study: Study,
@@ -244,7 +246,6 @@ def _write(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         stop(f"--out {folder}: cannot be made ({error.strerror})")
-    runs = [load_run(path, Settings()) for path in options.runs]
     document = {
         "command": options.command_line,
         "settings": {

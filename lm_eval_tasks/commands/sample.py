@@ -26,6 +26,8 @@ from lm_eval_tasks.sampling.runner import REGIMES, draw_session
 from lm_eval_tasks.throughput import check_fits, measure, missing_batch_sizes
 
 DEFAULT_NUM_SAMPLES = 64
+DEFAULT_SEED = 1234
+"""lm-eval's."""
 UNSEEDED = -1
 """Value of ``--seed`` that draws without seeds, as in lm-eval and vLLM."""
 
@@ -54,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--seed",
         type=int,
-        default=1234,
+        default=DEFAULT_SEED,
         help="of the run (%(default)s, as lm-eval); -1 draws without seeds: the samples cannot be "
         "drawn again, but vLLM draws a whole batch at once, which is what a timing should see",
     )

@@ -294,6 +294,10 @@ def test_timed_draws_have_no_seeds_unless_asked_for(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(compare, "_run", FakeCommands())
     run_plan(plan(out, sampling=[]))
     assert not any("--seed" in line for line in lines())
+    assert not any("--seed" in line for line in lines("--seed", "1234")), "which it has"
     run_plan(plan(tmp_path / "new", sampling=["--seed", "-1"]))
     command[command.index(str(out))] = str(tmp_path / "new")
     assert all(" --seed -1" in line for line in lines())
+    run_plan(plan(tmp_path / "seven", sampling=["--seed", "7"]))
+    command[command.index(str(tmp_path / "new"))] = str(tmp_path / "seven")
+    assert all(" --seed 7" in line for line in lines())

@@ -103,6 +103,15 @@ def test_continues_after_kill_9_with_the_same_statistics(
     } <= names
 
 
+def test_results_do_not_replace_the_report(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(["--out", str(out), "--results", str(out / "report")]) == 2
+    assert "that is the report's own folder" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_samples_without_seeds(run: Any, reward: Path, tmp_path: Path) -> None:
     sizes = ["--problems", "2", "--latency-problems", "2", "--num-samples", "4", "--rounds", "2"]
     options = ["--reward", str(reward), "--batch-sizes", "1", "--out", str(tmp_path / "out")]
