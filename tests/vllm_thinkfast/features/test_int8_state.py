@@ -112,6 +112,7 @@ def test_bytes(llm: Any, folder: Path) -> None:
     assert sum(pages) == stated.conv_bytes + stated.ssm_bytes
 
 
+@pytest.mark.extra
 @pytest.mark.feature("8-bit state")
 def test_drafts(folder: Path, engines: EnginePool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Speculative decoding keeps and copies scales with their states: same tokens as without.
