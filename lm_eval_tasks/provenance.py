@@ -19,13 +19,13 @@ GRADING = "grading.jsonl"
 CONDITIONS = ("versions", "hardware", "git_commit")
 
 
-def record_grading(folder: Path, command: str | None, num_judged: int) -> None:
+def record_grading(folder: Path, command: str | None, num_judged: int | None) -> None:
     """Append to grading.jsonl that a command judges samples of a run; the caller holds the lock.
 
     Args:
         folder: the run folder.
         command: the command line.
-        num_judged: samples that had no verdict before.
+        num_judged: samples that had no verdict before; None: samples are judged as they are drawn.
 
     Raises:
         InputError: the file cannot be written.
