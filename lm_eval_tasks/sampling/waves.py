@@ -80,6 +80,7 @@ class Waves:
         self._released: list[tuple[int, int, int]] = []  # a heap: index, rank, place
         self._missing: dict[str, int] = {}
         self._judging: dict[Future[tuple[bool, float]], tuple[str, int]] = {}
+        self._failure: BaseException | None = None
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judging")
         for problem in problems:
             name = problem.problem_id
@@ -146,8 +147,14 @@ class Waves:
         return {"open_problems": self.num_open} | rounded
 
     def _judge(self, problem_id: str, num_drawn: int) -> tuple[bool, float]:
+        if self._failure is not None:
+            raise self._failure  # what stopped the judging stops the session, with one message
         started = time.monotonic()
-        is_open = self._jury.is_open(problem_id, num_drawn)
+        try:
+            is_open = self._jury.is_open(problem_id, num_drawn)
+        except BaseException as error:
+            self._failure = error
+            raise
         return is_open, time.monotonic() - started
 
     def _take_decisions(self) -> None:
