@@ -209,14 +209,20 @@ def run(options: argparse.Namespace) -> int:
             total = len(problems) * options.num_samples
             _say(f"{folder}: {total - missing} of {total} samples are there")
         else:
-            cap = options.num_samples
+            cap = store.config()["num_samples"]
+            if options.num_samples < cap:
+                stop(
+                    f"--num-samples {options.num_samples}: {folder} was begun with at most {cap} "
+                    "samples of a problem, which decides when a vote cannot change any more; give "
+                    f"{cap} or more, or another folder with --out"
+                )
             jury = opened.enter_context(VoteJury(folder, rule, cap, options.command_line))
             waves = opened.enter_context(Waves(problems, settings, rule, cap, have, jury))
             stored = sum(len(have.get(problem.problem_id, ())) for problem in problems)
             missing = waves.bound - stored
             _say(
                 f"{folder}: {stored} samples are there, {waves.num_open} of {len(problems)} "
-                f"problems are open"
+                "problems are open"
             )
         sizes = missing_batch_sizes(folder, options.batch_sizes, options.speed_round)
         if not missing and not sizes:

@@ -75,6 +75,9 @@ def test_sample_with_early_stops(
         lines = capsys.readouterr().err.splitlines()
         (error,) = [line for line in lines if line.startswith("error:")]
         assert message in error
+    assert main([*command[:-1], "16", *stops]) == 2
+    assert "--num-samples 16: " in (error := capsys.readouterr().err)
+    assert "begun with at most 32 samples of a problem" in error
     assert main([*command, *stops[:4], "--out", str(uniform)]) == 2
     assert "stop_error is null there and 0.05 now" in capsys.readouterr().err
     assert texts == {record.key: record.text for record in SampleStore(folder).records()}
