@@ -398,24 +398,24 @@ def _text(interval: dict[str, float | None], scale: float, digits: int) -> str:
 
 
 def figures_of(runs: Sequence[dict[str, Any]]) -> list[Figure]:
-    """Return the figure of a report: how many problems are open against their samples."""
+    """Return the figure of a report: how many problems are undecided after how many samples."""
     lines = []
     for i, run in enumerate(runs):
-        borders = [row["samples"] for row in run["stops"]]
-        left, y = run["num_problems"], [1.0]
+        left, x, y = run["num_problems"], [1.0], [1.0]
         for row in run["stops"]:
-            left -= row["problems"]
+            x += 2 * [float(row["samples"])]  # a step: nothing is decided between borders
             y.append(left / run["num_problems"])
-        name = f"{run['run']}, error {run['stop_error']:g}"
-        lines.append(Series(name, [1.0, *map(float, borders)], y, colour=i % 6, has_markers=True))
+            left -= row["level"] + row["certain"]
+            y.append(left / run["num_problems"])
+        lines.append(Series(f"{run['run']}, error {run['stop_error']:g}", x, y, colour=i % 6))
     return [
         Figure(
             "early-stops",
             "Problems whose vote is not decided",
             "samples per problem",
-            "open problems [%]",
+            "undecided problems [%]",
             lines,
             x_base=2,
-            note="at the cap sampling ends for all that are left",
+            note="the end of a line: those that had all samples and stayed undecided",
         )
     ]

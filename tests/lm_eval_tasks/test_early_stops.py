@@ -9,7 +9,7 @@ from run_folders import write_run, write_scores
 from synthetic_runs import make_run
 
 from lm_eval_tasks.cli import main
-from lm_eval_tasks.early_stops import load_stopped
+from lm_eval_tasks.early_stops import figures_of, load_stopped
 from lm_eval_tasks.samples import SampleStore
 from lm_eval_tasks.scored import load_scored, load_scored_run
 from lm_eval_tasks.verdicts import score_run
@@ -60,6 +60,13 @@ def test_numbers_by_hand(stopped: Path) -> None:
     ]
     assert found["seconds"] == pytest.approx(cost(stopped))
     assert found["idle_s"] is None
+
+
+def test_figure_is_a_step_down_to_the_undecided(stopped: Path) -> None:
+    (figure,) = figures_of([load_stopped(stopped, draws=200)])
+    (line,) = figure.series
+    assert line.x == [1.0, 4.0, 4.0, 8.0, 8.0]
+    assert line.y == [1.0, 1.0, 0.5, 0.5, 0.25]
 
 
 def test_seconds_include_waiting_for_decisions(stopped: Path) -> None:
