@@ -415,7 +415,6 @@ def figures_of(runs: Sequence[dict[str, Any]]) -> list[Figure]:
             "samples per problem",
             "undecided problems [%]",
             lines,
-            x_base=2,
             note="the end of a line: those that had all samples and stayed undecided",
         )
     ]
