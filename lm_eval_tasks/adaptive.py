@@ -1,12 +1,10 @@
 """Stop sampling a problem when its vote is decided, and give the time to others: a replay.
 
-The rule is that of Adaptive-Consistency (Aggarwal, Madaan, Yang and Mausam 2023, "Let's Sample Step
-by Step", arXiv 2305.11860, the Beta variant): with v1 votes for the leading answer and v2 for the
-second, and a uniform prior on the leader's share p of their votes, stop when
-``P(p < 1/2 | v1, v2) = I_{1/2}(v1 + 1, v2 + 1)`` is at most the stated error level. This is a
+The rule is that of `lm_eval_tasks.stopping`, looked at after every sample. Its error level is a
 posterior probability about the vote of infinitely many samples, not a frequentist guarantee under
 repeated looks; the replay therefore also counts how often the stopped vote differs from the vote of
-all stored samples. A vote that the remaining samples cannot change is decided at any level.
+all stored samples. Runs that were drawn with early stops are reported by
+`lm_eval_tasks.early_stops`.
 
 The replay uses random orders of the stored samples. Both policies see the same orders:
 
@@ -19,7 +17,6 @@ Shapes: P problems, N samples of each, R random orders, D bootstrap draws, B bud
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -29,54 +26,13 @@ from lm_eval_tasks.budget import prefix_values
 from lm_eval_tasks.curves import first_reached, log_grid
 from lm_eval_tasks.estimators import resample_counts
 from lm_eval_tasks.scored import ScoredSample
+from lm_eval_tasks.stopping import least_lead
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 MIN_VOTES = 1
 _GRID_POINTS = 120
-
-
-def doubt(leader: int, second: int) -> float:
-    """Return the posterior probability that the second answer would overtake the leader.
-
-    Args:
-        leader: v1, votes of the leading answer.
-        second: v2 <= v1, votes of the next one.
-
-    Returns:
-        I_{1/2}(v1 + 1, v2 + 1), which is the chance of at most v2 heads in v1 + v2 + 1 fair
-        throws less those of the other tail: sum over j > v1 of C(v1 + v2 + 1, j) / 2^(v1+v2+1).
-    """
-    if not 0 <= second <= leader:
-        raise ValueError(f"need 0 <= second <= leader, got {second} and {leader}")
-    throws = leader + second + 1
-    tail = sum(math.comb(throws, j) for j in range(leader + 1, throws + 1))
-    return tail / int(1 << throws)
-
-
-@lru_cache
-def least_lead(num_samples: int, error: float) -> Ints:
-    """Return the fewest votes of a leader that decide against 0, 1, 2, ... votes of the second.
-
-    Args:
-        num_samples: N; entries above it mean that N votes do not decide.
-        error: the stated level, 0 or more and below 1/2.
-
-    Raises:
-        ValueError: the level is out of range.
-    """
-    if not 0 <= error < 0.5:
-        raise ValueError(f"error level is {error}; need 0 or more and below 0.5")
-    needed = np.full(num_samples + 1, num_samples + 1, dtype=np.int64)
-    leader = 1
-    for second in range(num_samples + 1):
-        leader = max(leader, second)
-        while leader <= num_samples and doubt(leader, second) > error:
-            leader += 1
-        needed[second] = leader
-    needed.flags.writeable = False  # shared between calls
-    return needed
 
 
 def stopping_points(

@@ -102,8 +102,13 @@ class Run:
         return (self.config["task"], self.config["task_version"], self.config["regime"])
 
 
-def load_run(folder: Path, settings: Settings) -> Run:
+def load_run(folder: Path, settings: Settings, with_early_stops: bool = False) -> Run:
     """Read a scored run folder.
+
+    Args:
+        folder: the run folder.
+        settings: which reward is wanted.
+        with_early_stops: see `lm_eval_tasks.scored.load_scored_run`.
 
     Raises:
         InputError: it is no run folder, is not scored, or a problem has no sample.
@@ -116,7 +121,7 @@ def load_run(folder: Path, settings: Settings) -> Run:
             f"--reward {settings.reward}: {folder} has no such scores (there: {known}); make them "
             f"with thinkfast-eval reward {folder} --reward SPEC"
         )
-    scored = load_scored_run(folder, settings.reward, settings.aggregation)
+    scored = load_scored_run(folder, settings.reward, settings.aggregation, with_early_stops)
     samples, records, occupancy = scored.samples, scored.records, scored.occupancy
     empty = [name for name, drawn in samples.items() if not drawn]
     if empty:

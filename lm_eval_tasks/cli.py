@@ -21,7 +21,7 @@ COMMANDS = {
     "compare": "run or read several models: coverage and accuracy against k and seconds",
     "report": "write tables, figures and settings of runs as Markdown and HTML",
     "plot": "draw the figures of runs",
-    "adaptive": "replay stored samples: what stopping decided votes early would have saved",
+    "adaptive": "what stopping decided votes early saves: report such a run, or replay another",
 }
 _DISTRIBUTION = "vllm-thinkfast"
 

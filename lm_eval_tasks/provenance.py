@@ -19,13 +19,14 @@ GRADING = "grading.jsonl"
 CONDITIONS = ("versions", "hardware", "git_commit")
 
 
-def record_grading(folder: Path, command: str | None, num_judged: int) -> None:
+def record_grading(folder: Path, command: str | None, num_judged: int | None) -> None:
     """Append to grading.jsonl that a command begins to judge a run; the caller holds the lock.
 
     Args:
         folder: the run folder.
         command: the command line.
         num_judged: samples without a verdict when it began; a killed command left some of them.
+            None: samples are judged as they are drawn.
 
     Raises:
         InputError: the file cannot be written.

@@ -21,6 +21,7 @@ from typing import IO, Any
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.jsonl import JsonLines, read_object, write_atomically
 from lm_eval_tasks.locks import acquire
+from lm_eval_tasks.stopping import STOP_FIELDS
 
 
 class SampledText(str):
@@ -230,8 +231,12 @@ HASHED_FIELDS = (
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Return a short hash of `HASHED_FIELDS`; a missing one is a programming mistake."""
+    """Return a short hash of `HASHED_FIELDS`; a missing one is a programming mistake.
+
+    The settings of early stops count where there are any: other runs keep the hash they had.
+    """
     fields = {name: config[name] for name in HASHED_FIELDS}
+    fields |= {name: config[name] for name in STOP_FIELDS if config.get(name) is not None}
     text = json.dumps(fields, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -443,9 +448,10 @@ class SampleStore:
                 )
             stored = self.config()
             differences = [
-                f"{name} is {json.dumps(stored[name])} there and {json.dumps(config[name])} now"
-                for name in HASHED_FIELDS
-                if stored[name] != config[name]
+                f"{name} is {json.dumps(stored.get(name))} there and "
+                f"{json.dumps(config.get(name))} now"
+                for name in (*HASHED_FIELDS, *STOP_FIELDS)
+                if stored.get(name) != config.get(name)
             ]
             if differences:
                 stop(

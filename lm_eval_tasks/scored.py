@@ -7,9 +7,10 @@ models and data sets are not needed any more.
 import dataclasses
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lm_eval_tasks.costs import Occupancy, overlap_costs
 from lm_eval_tasks.errors import stop
@@ -17,6 +18,7 @@ from lm_eval_tasks.rewards.aggregation import AGGREGATIONS
 from lm_eval_tasks.rewards.scores import ScoreRecord, read_scores
 from lm_eval_tasks.samples import SampleRecord, SampleStore
 from lm_eval_tasks.scoring import grading_of
+from lm_eval_tasks.stopping import StopRule
 from lm_eval_tasks.verdicts import read_classes, read_verdicts
 
 
@@ -62,6 +64,25 @@ class ScoredRun:
     occupancy: Occupancy
 
 
+def refuse_early_stops(folder: Path | str, config: Mapping[str, Any]) -> None:
+    """Refuse a run whose estimates would be biased by early stops.
+
+    Args:
+        folder: the run folder, for the message.
+        config: its config.json.
+
+    Raises:
+        InputError: it was drawn with early stops.
+    """
+    if StopRule.of(config) is not None:
+        stop(
+            f"{folder} was drawn with early stops (--stop-error {config['stop_error']:g}): how "
+            "many samples a problem has depends on their answers, so pass@k and all estimates over "
+            "subsets, rewards and seconds would be biased; see what it gives with thinkfast-eval "
+            f"adaptive {folder}, or draw a run without --stop-error"
+        )
+
+
 def load_scored(
     folder: Path | str, reward: str | None = None, aggregation: str = "last"
 ) -> dict[str, list[ScoredSample]]:
@@ -70,7 +91,10 @@ def load_scored(
 
 
 def load_scored_run(
-    folder: Path | str, reward: str | None = None, aggregation: str = "last"
+    folder: Path | str,
+    reward: str | None = None,
+    aggregation: str = "last",
+    with_early_stops: bool = False,
 ) -> ScoredRun:
     """Return the judged samples of a run, and how they used the server.
 
@@ -78,15 +102,20 @@ def load_scored_run(
         folder: the run folder.
         reward: name of a reward whose scores the folder holds; None leaves ``score`` empty.
         aggregation: how step scores become the score of a solution.
+        with_early_stops: the caller knows what to do with problems whose number of samples depends
+            on their answers. Estimates over subsets, orders and seconds are biased for these.
 
     Raises:
-        InputError: a file is malformed, samples lack their verdict or their reward score (the
+        InputError: the run has early stops and the caller does not know of them, a file is
+            malformed, samples lack their verdict or their reward score (the
             message names the command that makes them), or ``aggregation`` is unknown.
     """
     if aggregation not in AGGREGATIONS:
         stop(f"aggregation {aggregation!r}: accepted are {', '.join(AGGREGATIONS)}")
     store = SampleStore(folder)
     config = store.config()
+    if not with_early_stops:
+        refuse_early_stops(folder, config)
     version = grading_of(config["task"]).version_of(config["task_version"])
     records, texts = [], set()
     for record in store.records():

@@ -6,10 +6,12 @@ correct. ``classes.jsonl`` has one line per problem: its different answers, grou
 of task and grading, so that verdicts of an older grader are never mixed with newer ones.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 from lm_eval_tasks.answers import Extracted
@@ -148,6 +150,118 @@ class ScoreCounts(NamedTuple):
     """Of these, judged by this call."""
 
 
+class Judge:
+    """Judges samples of a run and keeps verdicts and classes; use it in a ``with`` statement.
+
+    It holds the run's lock of scoring. Verdicts and classes of a problem are written as soon as
+    they are known; an answer that a problem has had before is not compared again.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        """Check that the run can be judged.
+
+        Args:
+            folder: the run folder; sampling may go on meanwhile.
+
+        Raises:
+            InputError: no run folder, an unknown task, or a problem without a usable gold answer.
+        """
+        self.folder = Path(folder)
+        if not (self.folder / "config.json").is_file():
+            stop(
+                f"{folder} is no run folder (no config.json); give one that thinkfast-eval sample "
+                "wrote"
+            )
+        self.store = SampleStore(self.folder)
+        config = self.store.config()
+        self._grading = grading_of(config["task"])
+        self._version = self._grading.version_of(config["task_version"])
+        self._golds = _golds(self.store, self._grading)
+        self._verdicts = JsonLines(self.folder / VERDICTS)
+        self._classes = JsonLines(self.folder / CLASSES)
+        self._open = ExitStack()
+        self._done: set[tuple[str, int]] = set()
+        self._known: dict[str, dict[str, bool]] = defaultdict(dict)
+        self._counts: dict[str, Counter[str]] = defaultdict(Counter)
+        self._grouped: dict[str, list[list[str]]] = {}
+
+    def __enter__(self) -> "Judge":
+        """Lock the run and read what is judged.
+
+        Raises:
+            InputError: a damaged file, or another process that scores this run.
+        """
+        with ExitStack() as opened:
+            opened.enter_context(exclusive(self.folder / ".score.lock", self.folder))
+            opened.enter_context(self._verdicts)
+            opened.enter_context(self._classes)
+            for verdict in read_verdicts(self.folder):
+                if verdict.task_version == self._version:
+                    self._done.add(verdict.key)
+                    if verdict.answer is not None:
+                        self._known[verdict.problem_id][verdict.answer] = verdict.correct
+                        self._counts[verdict.problem_id][verdict.answer] += 1
+            rows = read_classes(self.folder, self._version).items()
+            self._grouped = {name: row.classes for name, row in rows}
+            self._open = opened.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open.close()
+
+    def extract(self, text: str) -> Extracted:
+        """Return the answer of a sampled text."""
+        return self._grading.extract(text)
+
+    def catch_up(self, command: str | None) -> ScoreCounts:
+        """Judge all stored samples that have no verdict yet; see `score_run`."""
+        missing: dict[str, list[tuple[int, Extracted]]] = defaultdict(list)
+        num_samples = 0
+        for record in self.store.records():  # the texts are not kept
+            num_samples += 1
+            if record.key not in self._done:
+                missing[record.problem_id].append((record.sample_index, self.extract(record.text)))
+        num_new = sum(map(len, missing.values()))
+        if num_new:
+            record_grading(self.folder, command, num_new)
+        for name in self._golds:
+            self.judge(name, missing[name])
+        return ScoreCounts(num_samples, num_new)
+
+    def judge(self, name: str, samples: Sequence[tuple[int, Extracted]]) -> None:
+        """Write the verdicts on samples of a problem, and its classes where they have changed.
+
+        Args:
+            name: of the problem.
+            samples: index and answer of those without a verdict.
+        """
+        gold, verdict_of = self._golds[name], self._known[name]
+        answers = {found.answer for _, found in samples if found.answer is not None}
+        asked = sorted(answers - verdict_of.keys())
+        verdict_of.update(zip(asked, self._grading.grade(gold, asked), strict=True))
+        for index, (answer, source) in samples:
+            correct = answer is not None and bool(verdict_of[answer])
+            row = Verdict(name, index, answer, source, correct, self._version)
+            self._verdicts.append(row.as_dict())
+            if answer is not None:
+                self._counts[name][answer] += 1
+        grouped = {answer for group in self._grouped.get(name, []) for answer in group}
+        if verdict_of.keys() != grouped:
+            groups = _group(gold, sorted(verdict_of), self._grading)
+            self._classes.append(AnswerClasses(name, self._version, groups).as_dict())
+            self._grouped[name] = groups
+
+    def votes(self, name: str) -> list[int]:
+        """Return the votes of each answer class among the judged samples of a problem."""
+        counts = self._counts[name]
+        return [sum(counts[answer] for answer in group) for group in self._grouped.get(name, [])]
+
+
 def score_run(folder: Path | str, command: str | None = None) -> ScoreCounts:
     """Judge the samples of a run that have no verdict yet, and group the answers.
 
@@ -162,55 +276,8 @@ def score_run(folder: Path | str, command: str | None = None) -> ScoreCounts:
         InputError: no run folder, an unknown task, a problem without a usable gold answer, a
             damaged file, or another process that scores this run.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        stop(
-            f"{folder} is no run folder (no config.json); give one that thinkfast-eval sample wrote"
-        )
-    store = SampleStore(folder)
-    config = store.config()
-    grading = grading_of(config["task"])
-    version = grading.version_of(config["task_version"])
-    golds = _golds(store, grading)
-    with (
-        exclusive(folder / ".score.lock", folder),
-        JsonLines(folder / VERDICTS) as verdicts,
-        JsonLines(folder / CLASSES) as classes,
-    ):
-        done: set[tuple[str, int]] = set()
-        known: dict[str, dict[str, bool]] = defaultdict(dict)
-        for verdict in read_verdicts(folder):
-            if verdict.task_version == version:
-                done.add(verdict.key)
-                if verdict.answer is not None:
-                    known[verdict.problem_id][verdict.answer] = verdict.correct
-        grouped = {
-            name: {answer for group in row.classes for answer in group}
-            for name, row in read_classes(folder, version).items()
-        }
-        missing: dict[str, list[tuple[int, Extracted]]] = defaultdict(list)
-        num_samples = 0
-        for record in store.records():  # the texts are not kept
-            num_samples += 1
-            if record.key not in done:
-                found = grading.extract(record.text)
-                missing[record.problem_id].append((record.sample_index, found))
-        num_new = sum(map(len, missing.values()))
-        if num_new:
-            record_grading(folder, command, num_new)
-        for name, gold in golds.items():
-            verdict_of = known[name]
-            answers = {one.answer for _, one in missing[name] if one.answer is not None}
-            asked = sorted(answers - verdict_of.keys())
-            verdict_of.update(zip(asked, grading.grade(gold, asked), strict=True))
-            for index, (answer, source) in missing[name]:
-                correct = answer is not None and bool(verdict_of[answer])
-                row = Verdict(name, index, answer, source, correct, version)
-                verdicts.append(row.as_dict())
-            if verdict_of.keys() != grouped.get(name, set()):
-                groups = _group(gold, sorted(verdict_of), grading)
-                classes.append(AnswerClasses(name, version, groups).as_dict())
-    return ScoreCounts(num_samples, num_new)
+    with Judge(folder) as judge:
+        return judge.catch_up(command)
 
 
 def _golds(store: SampleStore, grading: Grading) -> dict[str, str]:

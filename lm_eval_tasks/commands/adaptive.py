@@ -1,4 +1,8 @@
-"""``thinkfast-eval adaptive``: replay stored samples with early stops, and say what they save."""
+"""``thinkfast-eval adaptive``: what early stops save.
+
+A run that was drawn with them (``thinkfast-eval sample --stop-error``) is reported as it is, and
+against a uniform run; a uniform run is replayed, as if decided problems had been left alone.
+"""
 
 import argparse
 import json
@@ -10,41 +14,56 @@ from typing import Any
 
 from lm_eval_tasks.adaptive import reallocation, replay, savings
 from lm_eval_tasks.analysis import Run, Settings, load_run
+from lm_eval_tasks.early_stops import figures_of, load_stopped, tables_of
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.figures import Figure, Series
 from lm_eval_tasks.html_report import figure_html, page, table_html
 from lm_eval_tasks.jsonl import write_atomically
 from lm_eval_tasks.plots import draw_figures
+from lm_eval_tasks.samples import SampleStore
+from lm_eval_tasks.stopping import HIGHEST_ERROR, StopRule
 from lm_eval_tasks.tables import Table, what_was_run
 
 _DEFAULT_ERRORS = [0.2, 0.1, 0.05, 0.01, 0.0]
+#: Options of the replay and their defaults; a run with early stops has its own rule.
+_REPLAY = {"error": _DEFAULT_ERRORS, "least_votes": 1, "orders": 32, "seed": 0}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="scored run folders")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="run folders, all drawn with early stops or all without",
+    )
     parser.epilog = (
-        "A replay: thinkfast-eval sample draws N samples of every problem and does not stop "
-        "early, because the estimates over subsets need samples whose number does not depend on "
-        "their answers."
+        "Runs of thinkfast-eval sample --stop-error are reported as they are: the accuracy of each "
+        "vote at its stop, and what was spent. Other runs are replayed: what stops would have "
+        "saved. Both need finished, scored runs; a run with early stops scores itself."
     )
     parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="UNIFORM_RUN",
+        help="a scored run of the same model, problems and settings without early stops: the "
+        "accuracy difference, and the samples and seconds saved at equal accuracy",
+    )
+    replayed = parser.add_argument_group("replay of runs without early stops")
+    replayed.add_argument(
         "--error",
         type=float,
         nargs="+",
-        default=_DEFAULT_ERRORS,
         metavar="LEVEL",
         help="stop when the second answer would overtake the first with at most this posterior "
-        "probability; 0: when the stored samples cannot change the vote (%(default)s)",
+        "probability; 0: when the stored samples cannot change the vote "
+        f"({' '.join(f'{level:g}' for level in _DEFAULT_ERRORS)})",
     )
-    parser.add_argument(
-        "--least-votes", type=int, default=1, help="of the leader before a stop (%(default)s)"
-    )
-    parser.add_argument(
-        "--orders", type=int, default=32, help="random orders of the samples (%(default)s)"
-    )
+    replayed.add_argument("--least-votes", type=int, help="of the leader before a stop (1)")
+    replayed.add_argument("--orders", type=int, help="random orders of the samples (32)")
+    replayed.add_argument("--seed", type=int, help="of the orders (0)")
     parser.add_argument("--draws", type=int, default=1000, help="bootstrap (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the orders (%(default)s)")
     parser.add_argument("--out", type=Path, help="also write adaptive.html, .md, .json and PNGs")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
@@ -55,27 +74,69 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         InputError: a value is out of range, or a folder is no scored run.
     """
+    if options.draws < 100:
+        stop(f"--draws {options.draws}: need a whole number of at least 100")
+    given = [name for name in _REPLAY if getattr(options, name) is not None]
+    for name, value in _REPLAY.items():
+        if name not in given:
+            setattr(options, name, value)
     for level in options.error:
-        if not 0 <= level < 0.5:
+        if not 0 <= level < HIGHEST_ERROR:
             stop(f"--error {level:g}: need 0 or more and below 0.5")
     for flag, value, least in (
         ("--least-votes", options.least_votes, 1),
         ("--orders", options.orders, 1),
-        ("--draws", options.draws, 100),
         ("--seed", options.seed, 0),
     ):
         if value < least:
             stop(f"{flag} {value}: need a whole number of at least {least}")
-    found = [_replay_run(load_run(folder, Settings()), options) for folder in options.runs]
-    report = _Report(found)
+    found: list[dict[str, Any]]
+    report: _Report
+    if _has_early_stops(options.runs):
+        if given:
+            stop(
+                f"--{given[0].replace('_', '-')} is for the replay of runs without early stops; "
+                f"{options.runs[0]} was drawn with its own rule: leave the option out"
+            )
+        found = [load_stopped(run, options.against, options.draws) for run in options.runs]
+        report = _Report(
+            found,
+            tables_of(found),
+            figures_of(found),
+            "Sampling with early stops",
+        )
+    else:
+        if options.against is not None:
+            stop(
+                f"--against {options.against}: {options.runs[0]} was drawn without early stops; "
+                "give a run of thinkfast-eval sample --stop-error"
+            )
+        found = [_replay_run(load_run(folder, Settings()), options) for folder in options.runs]
+        report = _Replayed(found).report()
     if options.out is not None:
         report.write(options.out, options.command_line)
     if options.json:
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
     else:
-        for table in report.tables():
+        for table in report.tables:
             sys.stdout.write(f"{table.title}\n\n{table.markdown()}\n")
     return 0
+
+
+def _has_early_stops(folders: Sequence[Path]) -> bool:
+    """Return whether all runs have early stops, or none.
+
+    Raises:
+        InputError: they differ, or a folder is no run folder.
+    """
+    has = [StopRule.of(SampleStore(folder).config()) is not None for folder in folders]
+    if any(has) and not all(has):
+        with_stops, without = folders[has.index(True)], folders[has.index(False)]
+        stop(
+            f"{with_stops} was drawn with early stops and {without} without: report one kind at a "
+            f"time, or compare them with thinkfast-eval adaptive {with_stops} --against {without}"
+        )
+    return all(has)
 
 
 def _replay_run(run: Run, options: argparse.Namespace) -> dict[str, Any]:
@@ -103,10 +164,15 @@ def _replay_run(run: Run, options: argparse.Namespace) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Report:
-    """The text and the figures of the command."""
+class _Replayed:
+    """The text and the figures of replays."""
 
     runs: Sequence[dict[str, Any]]
+
+    def report(self) -> "_Report":
+        """Return what is printed and written."""
+        title = "What stopping decided votes early saves"
+        return _Report(self.runs, self.tables(), self.figures(), title)
 
     def tables(self) -> list[Table]:
         """Return what stopping saves, what the saved time buys, and what it was replayed on."""
@@ -193,14 +259,23 @@ class _Report:
             )
         return found
 
+
+@dataclass(frozen=True)
+class _Report:
+    """What the command prints and writes."""
+
+    runs: Sequence[dict[str, Any]]
+    tables: Sequence[Table]
+    figures: Sequence[Figure]
+    title: str
+
     def write(self, folder: Path, command: str) -> None:
         """Write text, page, figures and numbers."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             stop(f"--out {folder}: cannot be made ({error.strerror}); give another folder")
-        title = "What stopping decided votes early saves"
-        tables, figures = self.tables(), self.figures()
+        title, tables, figures = self.title, self.tables, self.figures
         numbers = {"command": command, "runs": list(self.runs)}
         write_atomically(folder / "adaptive.json", json.dumps(numbers, indent=1) + "\n")
         drawn = [figure_html(figure, i) for i, figure in enumerate(figures)]

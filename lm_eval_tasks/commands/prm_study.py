@@ -31,7 +31,7 @@ from lm_eval_tasks.rewards.phase import ScorePhase
 from lm_eval_tasks.rewards.scores import read_scores, reward_names
 from lm_eval_tasks.rewards.spec import parse_spec
 from lm_eval_tasks.samples import SampleStore
-from lm_eval_tasks.scored import load_scored
+from lm_eval_tasks.scored import load_scored, refuse_early_stops
 from lm_eval_tasks.tables import what_was_run
 
 
@@ -118,6 +118,7 @@ def _check(options: argparse.Namespace) -> None:
             stop(f"{folder} is given twice")
         if not (folder / "config.json").is_file():
             stop(f"{folder} is no run folder (no config.json)")
+        refuse_early_stops(folder, SampleStore(folder).config())  # before a model is loaded
 
 
 def _levels(given: Sequence[str]) -> dict[str, tuple[float, ...]]:

@@ -1,6 +1,7 @@
 """``thinkfast-eval sample``: draw N samples per problem into a run folder, and go on after a kill.
 
-With ``--batch-sizes`` the same engine then measures its generation speed. Everything is checked
+With ``--stop-error`` a problem gets no more samples when its vote is decided. With
+``--batch-sizes`` the same engine then measures its generation speed. Everything is checked
 that can be checked before the engine starts: options, data, prompts, and whether the folder holds
 samples of other settings.
 """
@@ -12,17 +13,21 @@ import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from lm_eval_tasks.errors import stop
+from lm_eval_tasks.jury import VoteJury
 from lm_eval_tasks.samples import SEED_FIELDS, SampleStore, config_hash
 from lm_eval_tasks.sampling.backend import Backend, SamplingSettings
 from lm_eval_tasks.sampling.openai_backend import APIS
 from lm_eval_tasks.sampling.problems import TaskProblems, load_problems, task_names
 from lm_eval_tasks.sampling.runner import REGIMES, draw_session
+from lm_eval_tasks.sampling.waves import Waves
+from lm_eval_tasks.stopping import DEFAULT_EVERY, HIGHEST_ERROR, STOP_FIELDS, StopRule
 from lm_eval_tasks.throughput import check_fits, measure, missing_batch_sizes
 
 DEFAULT_NUM_SAMPLES = 64
@@ -42,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=DEFAULT_NUM_SAMPLES,
         metavar="N",
-        help="samples per problem; a larger number later adds to the same folder (%(default)s)",
+        help="samples per problem, with --stop-error at most; a larger number later adds to the "
+        "same folder (%(default)s)",
     )
     what.add_argument("--limit", type=int, help="only the first problems; can be raised later")
     what.add_argument("--data-file", help="JSON lines instead of the task's data set")
@@ -73,6 +79,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="variables of the template, for example date_string=2024-07-26",
+    )
+
+    early = parser.add_argument_group("early stops (only in the regime saturated)")
+    early.add_argument(
+        "--stop-error",
+        type=float,
+        metavar="LEVEL",
+        help="draw no more samples of a problem when its vote is decided: when the second answer "
+        "would overtake the first with at most this posterior probability, or (the only reason at "
+        "level 0) the remaining samples cannot change the vote. How many samples a problem has "
+        "then depends on its answers: thinkfast-eval adaptive reports such a run, all other "
+        "estimates refuse it (all samples are drawn)",
+    )
+    early.add_argument(
+        "--stop-every",
+        type=int,
+        metavar="M",
+        help=f"samples of a problem between two looks at its vote ({DEFAULT_EVERY})",
     )
 
     speed = add_speed_arguments(parser)
@@ -172,17 +196,36 @@ def run(options: argparse.Namespace) -> int:
         return 0
     folder: Path = options.out or Path("runs") / config["name"]
     problems = task.problems
-    with SampleStore(folder).open(config, [problem.record() for problem in problems]) as store:
+    records = [problem.record() for problem in problems]
+    with SampleStore(folder).open(config, records) as store, ExitStack() as opened:
         if store.dropped_bytes:
             _say(f"{folder}: cut off a torn last line of {store.dropped_bytes} bytes")
         have = store.have()
         wanted = range(options.num_samples)
         settings = replace(settings, run_key=store.run_key)
-        missing = sum(
-            len(set(wanted) - have.get(problem.problem_id, set())) for problem in problems
-        )
-        total = len(problems) * options.num_samples
-        _say(f"{folder}: {total - missing} of {total} samples are there")
+        rule, waves = StopRule.of(config), None
+        if rule is None:
+            missing = sum(
+                len(set(wanted) - have.get(problem.problem_id, set())) for problem in problems
+            )
+            total = len(problems) * options.num_samples
+            _say(f"{folder}: {total - missing} of {total} samples are there")
+        else:
+            cap = store.config()["num_samples"]
+            if options.num_samples < cap:
+                stop(
+                    f"--num-samples {options.num_samples}: {folder} was begun with at most {cap} "
+                    "samples of a problem, which decides when a vote cannot change any more; give "
+                    f"{cap} or more, or another folder with --out"
+                )
+            jury = opened.enter_context(VoteJury(folder, rule, cap, options.command_line))
+            waves = opened.enter_context(Waves(problems, settings, rule, cap, have, jury))
+            stored = sum(len(have.get(problem.problem_id, ())) for problem in problems)
+            missing = waves.bound - stored
+            _say(
+                f"{folder}: {stored} samples are there, {waves.num_open} of {len(problems)} "
+                "problems are open"
+            )
         sizes = missing_batch_sizes(folder, options.batch_sizes, options.speed_round)
         if not missing and not sizes:
             if options.json:
@@ -210,6 +253,7 @@ def run(options: argparse.Namespace) -> int:
                     | {"started": _now(), "limit": options.limit}
                     | ({} if seed is None else {"engine_seed": seed}),
                     stream=sys.stderr,
+                    waves=waves,
                 )
             if sizes:
                 measure(
@@ -227,6 +271,8 @@ def run(options: argparse.Namespace) -> int:
         _print_json({"folder": str(folder)} | facts)
     elif missing:
         rate = facts["tokens"] / facts["wall_s"]
+        if waves is not None:
+            total = waves.bound  # no problem is open any more
         sys.stdout.write(
             f"{folder}: {total} samples of {len(problems)} problems; this session drew "
             f"{facts['drawn']} in {facts['wall_s']:.1f} s, {rate:.0f} tokens/s\n"
@@ -246,6 +292,7 @@ def _check(options: argparse.Namespace) -> None:
         ("--max-in-flight", options.max_in_flight, 1),
         ("--max-retries", options.max_retries, 0),
         ("--seed", options.seed, -1),
+        ("--stop-every", options.stop_every, 1),
         ("--speed-round", options.speed_round, 0),
         *(("--batch-sizes", size, 1) for size in options.batch_sizes),
         *(("--speed-tokens", count, 1) for count in options.speed_tokens),
@@ -259,6 +306,7 @@ def _check(options: argparse.Namespace) -> None:
             f"--temperature 0 draws the same text {options.num_samples} times; give a temperature "
             "above 0, or --num-samples 1"
         )
+    _check_stops(options)
     if options.top_p is not None and not 0 < options.top_p <= 1:
         stop(f"--top-p {options.top_p}: need more than 0 and at most 1")
     if not options.timeout > 0:
@@ -290,6 +338,23 @@ def _check(options: argparse.Namespace) -> None:
             stop("--chat-template off needs --api completions; chat servers always apply one")
     elif options.api != APIS[0]:
         stop(f"--api {options.api} is for a server; name it with --server URL")
+
+
+def _check_stops(options: argparse.Namespace) -> None:
+    """Refuse early stops that no run can have; fill in the default."""
+    if options.stop_error is None:
+        if options.stop_every is not None:
+            stop(f"--stop-every {options.stop_every}: needs the level of --stop-error LEVEL")
+        return
+    if not 0 <= options.stop_error < HIGHEST_ERROR:
+        stop(f"--stop-error {options.stop_error:g}: need 0 or more and below {HIGHEST_ERROR:g}")
+    if options.regime != REGIMES[0]:
+        stop(
+            f"--stop-error needs --regime {REGIMES[0]}: one problem at a time has no others to "
+            "give its time to"
+        )
+    if options.stop_every is None:
+        options.stop_every = DEFAULT_EVERY
 
 
 def _pairs(flag: str, given: Sequence[str]) -> dict[str, Any]:
@@ -363,6 +428,10 @@ def _config(
         engine["tokenizer"] = environment.model_id(options.tokenizer, None)
     base = Path(options.model).name or Path(options.model).resolve().name
     regime = "" if options.regime == REGIMES[0] else f"-{options.regime}"
+    stops: dict[str, Any] = {}
+    if options.stop_error is not None:
+        stops = dict(zip(STOP_FIELDS, (options.stop_error, options.stop_every), strict=True))
+        regime = f"-stop{options.stop_error:g}"
     config = {
         "name": options.name or f"{base}-{task.task}-t{settings.temperature:g}{regime}",
         "model": options.model,
@@ -388,6 +457,7 @@ def _config(
         "command": options.command_line,
         "created": _now(),
     }
+    config |= stops  # a run without early stops has no such fields
     return config | {"config_hash": config_hash(config)}
 
 

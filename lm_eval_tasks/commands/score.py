@@ -1,7 +1,8 @@
 """``thinkfast-eval score``: judge stored samples, and show what they are worth for each k.
 
 Writes ``verdicts.jsonl`` and ``classes.jsonl`` into each run folder (`lm_eval_tasks.verdicts`) and
-prints a table. Needs neither the model nor the data set, and no torch, vllm or lm-eval.
+prints a table; of a run with early stops the accuracy of the votes alone. Needs neither the model
+nor the data set, and no torch, vllm or lm-eval.
 """
 
 import argparse
@@ -13,12 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lm_eval_tasks.early_stops import load_stopped, summary
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.estimators import mean_and_stderr, reported_ks
 from lm_eval_tasks.rewards.aggregation import AGGREGATIONS
 from lm_eval_tasks.samples import SampleStore
 from lm_eval_tasks.scored import ScoredSample, load_scored
 from lm_eval_tasks.scoring import ProblemScore, grading_of, method_values
+from lm_eval_tasks.stopping import StopRule
 from lm_eval_tasks.verdicts import score_run
 
 
@@ -64,17 +67,24 @@ class RunScores:
 
 def run(options: argparse.Namespace) -> int:
     """Score the runs and print their tables."""
-    results = []
+    results: list[RunScores | dict[str, Any]] = []
     for folder in options.runs:
         counts = score_run(folder, getattr(options, "command_line", None))
         done = f"{counts.num_new} of {counts.num_samples} samples judged now"
         sys.stderr.write(f"{folder}: {done}\n")
-        results.append(evaluate_run(folder, options.k, options.reward, options.aggregation))
+        config = SampleStore(folder).config()
+        if StopRule.of(config) is None or options.k is not None or options.reward is not None:
+            results.append(evaluate_run(folder, options.k, options.reward, options.aggregation))
+        else:
+            results.append(load_stopped(folder))
     if options.json:
-        found = {"command": getattr(options, "command_line", None), "runs": map(asdict, results)}
+        rows = [asdict(found) if isinstance(found, RunScores) else found for found in results]
+        found = {"command": getattr(options, "command_line", None), "runs": rows}
         text = json.dumps(_without_nan(found), indent=2, ensure_ascii=False)
     else:
-        text = "\n\n".join(map(table, results))
+        text = "\n\n".join(
+            table(found) if isinstance(found, RunScores) else summary(found) for found in results
+        )
     sys.stdout.write(text + "\n")
     return 0
 

@@ -20,6 +20,7 @@ class Progress:
         self.stream = stream
         self.is_terminal = stream.isatty()
         self.interval_s = 0.5 if self.is_terminal else 10.0
+        self._open: tuple[int, int] | None = None
         self._drawn = 0
         self._tokens = 0
         self._started = time.monotonic()
@@ -35,6 +36,27 @@ class Progress:
         self.done += 1
         self._drawn += 1
         self._tokens += num_tokens
+
+    def bound(self, total: int, num_open: int, num_problems: int) -> None:
+        """Say how far early stops have come; the total is then the most that can be drawn.
+
+        Args:
+            total: samples in the end if no open problem is decided.
+            num_open: problems whose vote is not decided.
+            num_problems: of the session.
+        """
+        self.total = total
+        self._open = (num_open, num_problems)
+
+    @property
+    def samples(self) -> str:
+        """How many samples are there, and how many there will be or can be."""
+        return f"{self.done} of {self._most}{self.total} samples"
+
+    @property
+    def _most(self) -> str:
+        """What marks a number as a bound: a vote may still be decided."""
+        return "at most " if self._open and self._open[0] else ""
 
     def show(self) -> None:
         """Renew the line if it is due."""
@@ -61,10 +83,17 @@ class Progress:
 
     def _line(self, elapsed_s: float) -> str:
         rate = self._tokens / elapsed_s if elapsed_s > 0 else 0.0
-        parts = [f"{self.done}/{self.total} samples", f"{rate:.0f} tokens/s"]
+        most = self._most
+        parts = [f"{self.done}/{most}{self.total} samples"]
+        if self._open is not None:
+            parts.append(f"{self._open[0]} of {self._open[1]} problems open")
+        parts.append(f"{rate:.0f} tokens/s")
         left = self.total - self.done
         if left and self._drawn:
-            parts.append(f"{_clock(left * elapsed_s / self._drawn)} left")
+            parts.append(f"{most}{_clock(left * elapsed_s / self._drawn)} left")
+            if most:
+                # Fewer open problems than places in the batch are slower, too.
+                parts[-1] += " at this speed"
         return ", ".join(parts)
 
 

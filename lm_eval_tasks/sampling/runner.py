@@ -7,9 +7,10 @@ saturated: all problems compete for the server. Sample-major order, sample 0 of 
     number is in flight, so that neither requests nor texts pile up in memory.
 latency: one problem owns the server. All its samples are submitted at once; the next problem
     starts when the last of them has finished.
+
+With early stops (saturated only) `lm_eval_tasks.sampling.waves` says what is drawn next.
 """
 
-import random
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, TextIO
@@ -25,6 +26,7 @@ from lm_eval_tasks.sampling.backend import (
 )
 from lm_eval_tasks.sampling.problems import Problem
 from lm_eval_tasks.sampling.progress import Progress
+from lm_eval_tasks.sampling.waves import Waves, shuffled
 
 REGIMES = ("saturated", "latency")
 _FACTS_INTERVAL_S = 60.0
@@ -52,17 +54,11 @@ def missing_samples(
         order = (
             (problem, index)
             for index in range(num_samples)
-            for problem in _shuffled(problems, settings.seed, index)
+            for problem in shuffled(problems, settings.seed, index)
         )
     for problem, index in order:
         if index not in have.get(problem.problem_id, ()):
             yield DrawRequest(problem, index, settings.seed_of(problem.problem_id, index))
-
-
-def _shuffled(problems: Sequence[Problem], seed: int | None, round_index: int) -> list[Problem]:
-    shuffled = list(problems)
-    random.Random(f"{seed}/{round_index}").shuffle(shuffled)
-    return shuffled
 
 
 def draw_session(
@@ -75,6 +71,7 @@ def draw_session(
     regime: str,
     session_facts: Mapping[str, Any],
     stream: TextIO,
+    waves: Waves | None = None,
 ) -> dict[str, Any]:
     """Draw what is missing, in one session with its own clock.
 
@@ -83,10 +80,11 @@ def draw_session(
         backend: loaded; prepared and warmed up here.
         problems: of this session.
         settings: of every sample.
-        num_samples: N, of every problem.
+        num_samples: N, of every problem; with early stops the most of a problem.
         regime: "saturated" or "latency".
         session_facts: what the caller knows about this start: versions, hardware, ``startup_s``.
         stream: where the progress line goes.
+        waves: of a run with early stops, over the same store and problems.
 
     Returns:
         Facts about the session, as they stand in sessions.jsonl.
@@ -96,9 +94,14 @@ def draw_session(
             that finished before is stored.
     """
     assert regime in REGIMES
+    assert waves is None or regime == "saturated"
     have = store.have()
-    total = len(problems) * num_samples
-    done = sum(len([i for i in have.get(p.problem_id, ()) if i < num_samples]) for p in problems)
+    if waves is None:
+        total, drawn = len(problems) * num_samples, range(num_samples)
+        done = sum(len([i for i in have.get(p.problem_id, ()) if i in drawn]) for p in problems)
+    else:
+        total = waves.bound
+        done = sum(len(have.get(p.problem_id, ())) for p in problems)
     session = max((row["session"] for row in store.sessions()), default=-1) + 1
     backend.prepare(problems, settings)
     started = time.monotonic()
@@ -117,7 +120,7 @@ def draw_session(
             if 0 < len(have.get(problem.problem_id, ())) < num_samples
         ]
     store.append_session(facts)
-    drawing = _Session(store, backend, session, Progress(total, done, stream))
+    drawing = _Session(store, backend, session, Progress(total, done, stream), waves)
     requests = missing_samples(problems, num_samples, have, settings, regime)
     return facts | drawing.run(requests, is_latency=regime == "latency")
 
@@ -126,12 +129,18 @@ class _Session:
     """The loop of one session, and what it counts."""
 
     def __init__(
-        self, store: SampleStore, backend: Backend, session: int, progress: Progress
+        self,
+        store: SampleStore,
+        backend: Backend,
+        session: int,
+        progress: Progress,
+        waves: Waves | None = None,
     ) -> None:
         self.store = store
         self.backend = backend
         self.session = session
         self.progress = progress
+        self.waves = waves
         self.in_flight = 0
         self.counts = {"drawn": 0, "tokens": 0, "prompt_tokens": 0}
         self.cached_tokens: int | None = 0
@@ -139,11 +148,14 @@ class _Session:
         self._facts_at = 0.0
 
     def run(self, requests: Iterator[DrawRequest], is_latency: bool) -> dict[str, Any]:
-        """Draw all requests; return the facts that are known at the end."""
+        """Draw all requests, or with early stops the waves; return the facts of the end."""
+        self._show_open()
         self.progress.start()
         self._origin = self._facts_at = time.monotonic()
         try:
-            if is_latency:
+            if self.waves is not None:
+                self._in_waves(self.waves)
+            elif is_latency:
                 self._one_problem_at_a_time(requests)
             else:
                 self._saturated(requests)
@@ -153,8 +165,7 @@ class _Session:
             if isinstance(error, KeyboardInterrupt):
                 raise
             stop(
-                f"{error}; {self.progress.done} of {self.progress.total} samples are stored, the "
-                "same command goes on from there"
+                f"{error}; {self.progress.samples} are stored, the same command goes on from there"
             )
         return self._end()
 
@@ -173,6 +184,26 @@ class _Session:
                     self._submit(request)
             if self.in_flight:
                 self._collect()
+
+    def _in_waves(self, waves: Waves) -> None:
+        while self.in_flight or not waves.is_finished:
+            while self.in_flight < self.backend.max_in_flight:
+                request = waves.next()
+                if request is None:
+                    break
+                self._submit(request)
+            if not self.in_flight:
+                waves.wait()
+                self._show_open()
+                continue
+            is_full, started = self.in_flight >= self.backend.max_in_flight, time.monotonic()
+            self._collect()
+            if not is_full:
+                waves.counts["unfilled_s"] += time.monotonic() - started
+
+    def _show_open(self) -> None:
+        if self.waves is not None:
+            self.progress.bound(self.waves.bound, self.waves.num_open, self.waves.num_problems)
 
     def _one_problem_at_a_time(self, requests: Iterator[DrawRequest]) -> None:
         waiting = next(requests, None)
@@ -201,6 +232,10 @@ class _Session:
             elif self.cached_tokens is not None:
                 self.cached_tokens += drawn.num_cached_tokens
             self.progress.add(drawn.num_tokens)
+            if self.waves is not None:
+                request = drawn.request
+                self.waves.add(request.problem.problem_id, request.sample_index, drawn.text)
+        self._show_open()
         self.progress.show()
         if time.monotonic() - self._facts_at >= _FACTS_INTERVAL_S:
             self._write_facts()  # a killed session shall not lose them all
@@ -230,5 +265,7 @@ class _Session:
         self._facts_at = time.monotonic()
         facts: dict[str, Any] = {"session": self.session, "wall_s": self._seconds(self._facts_at)}
         facts |= self.counts | {"cached_tokens": self.cached_tokens} | self.backend.facts()
+        if self.waves is not None:
+            facts |= self.waves.facts()
         self.store.append_session(facts)
         return facts

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from synthetic_runs import make_run
 
-from lm_eval_tasks.adaptive import doubt, least_lead, reallocation, replay, savings, stopping_points
+from lm_eval_tasks.adaptive import reallocation, replay, savings, stopping_points
 from lm_eval_tasks.cli import main
 from lm_eval_tasks.scored import ScoredSample
+from lm_eval_tasks.stopping import doubt, least_lead
 
 
 def sample(answer, cost_s=1.0):
