@@ -11,8 +11,6 @@ done before at the same commit are not run again.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 
 import torch
 
+from scripts.figures import COLOURS, pyplot
 from scripts.state_drift import (
     CHECKPOINTS,
     STORES,
@@ -29,25 +28,19 @@ from scripts.state_drift import (
     slow_inputs,
     time_constants,
 )
-from scripts.tiny_models import ENVIRONMENT, ROOT, say
+from scripts.tiny_models import ROOT, TrainingError, call, say
 from vllm_thinkfast import envs
 from vllm_thinkfast.bench.environment import git_commit, hardware, versions
 
 MODELS = ("llamba-tiny", "mambainllama-tiny")
 ENGINE_STORES = ("float32", "bfloat16", "float16", "int8")
-COLOURS = ("#000000", "#0072B2", "#56B4E9", "#D55E00", "#009E73")
-"""Black, then Okabe and Ito's palette, which colour-blind readers can tell apart; as STORES."""
-
-
-class StudyError(Exception):
-    """Something that ends the study; the message is for the user."""
 
 
 def run_engine(name: str, store: str, out: Path, problems: int, samples: int) -> dict[str, Any]:
     """Results of one engine, in a process of its own; kept in ``out``.
 
     Raises:
-        StudyError: the process failed.
+        TrainingError: the process failed.
     """
     file = out / f"{name}-{store}-{problems}x{samples}.json"
     inputs = out / f"{name}-inputs.pt"
@@ -61,15 +54,11 @@ def run_engine(name: str, store: str, out: Path, problems: int, samples: int) ->
         command = [sys.executable, "-m", "scripts.state_study_engine", model, store]
         command += [str(problems), str(samples), str(file)]
         command += [str(inputs)] if needs_inputs else []
-        environment = os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        environment[envs.SSM_STATE] = "int8" if store == "int8" else ""
-        log = file.with_suffix(".log")
-        with log.open("w", encoding="utf-8") as written:
-            done = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=written, stderr=written, check=False
-            )
-        if done.returncode:
-            raise StudyError(f"{name}, {store}: exit code {done.returncode}; see {log}")
+        environment = {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            envs.SSM_STATE: "int8" if store == "int8" else "",
+        }
+        call(command, file.with_suffix(".log"), f"{name}, {store}", environment)
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
@@ -185,17 +174,11 @@ def _median_and_worst(errors: list[list[float]]) -> str:
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Error of the outputs against tokens for the models, and against the decay."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    style = {"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False}
-    with plt.rc_context(style):
+    with pyplot() as plt:
         figure, panels = plt.subplots(1, 3, figsize=(9.6, 3.2), layout="constrained", sharey=True)
         for panel, name in zip(panels, (*MODELS, "slow decays"), strict=True):
             errors = found["drift"][name]["errors"]
-            for store, colour in zip(STORES, COLOURS, strict=True):
+            for store, colour in zip(STORES, COLOURS, strict=False):
                 mine = [e for e in errors if e["store"] == store]
                 if name in MODELS:
                     xs: list[float] = [e["tokens"] for e in mine]
@@ -228,14 +211,14 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out.resolve()
     try:
         if not CHECKPOINTS[0] <= options.tokens <= CHECKPOINTS[-1]:
-            raise StudyError(
+            raise TrainingError(
                 f"--tokens {options.tokens}: accepted are {CHECKPOINTS[0]} to {CHECKPOINTS[-1]}"
             )
         out.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
         found = study(out, options.problems, options.samples, options.tokens)
         found["seconds"] = time.perf_counter() - start
-    except StudyError as error:
+    except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -59,17 +60,28 @@ def train(recipe: Path, run: Path, overrides: list[str], max_steps: int | None =
     call([*command, *overrides], log, run.name)
 
 
-def call(command: list[str], log: Path, name: str) -> None:
+def call(
+    command: list[str], log: Path, name: str, environment: Mapping[str, str] | None = None
+) -> None:
     """Runs a command in the checkout with one thread; its output is appended to a file.
+
+    Args:
+        command: program and arguments.
+        log: the file; its last line is shown now and then.
+        name: what is shown before it.
+        environment: variables beside ENVIRONMENT.
 
     Raises:
         TrainingError: the exit code is not 0.
     """
-    environment = os.environ | ENVIRONMENT
     with (
         log.open("a", encoding="utf-8") as out,
         subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT
+            command,
+            cwd=ROOT,
+            env=os.environ | ENVIRONMENT | (environment or {}),
+            stdout=out,
+            stderr=subprocess.STDOUT,
         ) as process,
     ):
         while True:

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from demo.settings import file_hash
+from scripts.figures import COLOURS, pyplot
 from scripts.tiny_models import BIN, RECIPES, ROOT, TrainingError, call, export, say, train
 from vllm_thinkfast.bench.environment import git_commit
 
@@ -29,8 +30,6 @@ BATCH_TOKENS = 2048
 METRICS = ("reverse_kl", "forward_kl", "top1_agreement")
 NUM_PROBLEMS, NUM_SAMPLES = 200, 16
 TEACHER = ROOT / "thinkfast" / "llama-tiny"
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Black, then Okabe and Ito's palette, which colour-blind readers can tell apart."""
 
 
 @dataclass(frozen=True)
@@ -265,13 +264,7 @@ def _spread(values: list[float]) -> str:
 
 def draw(study: dict[str, Any], path: Path) -> None:
     """Held-out reverse KL against tokens, and pass@1 at the end, one panel row per kind."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    style = {"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False}
-    with plt.rc_context(style):
+    with pyplot() as plt:
         figure, rows = plt.subplots(
             2, 2, figsize=(7.4, 5.6), layout="constrained", width_ratios=[1.3, 1]
         )

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lm_eval_tasks.commands.report import add_analysis_arguments, settings_of
 from lm_eval_tasks.commands.sample import DEFAULT_SEED, UNSEEDED, add_speed_arguments
@@ -136,7 +137,9 @@ def _plan(options: argparse.Namespace) -> Plan:
     for name in names:
         if names.count(name) > 1:
             stop(f"--model: two models are named {name}; tell them apart with ,name=...")
-    rounds = _rounds(options)
+    plan_file = options.out / PLAN
+    begun = read_object(plan_file) if plan_file.exists() else None
+    rounds = _rounds(options.rounds, begun)
     for flag, value in (
         ("--num-samples", options.num_samples),
         ("--rounds", rounds),
@@ -167,7 +170,7 @@ def _plan(options: argparse.Namespace) -> Plan:
             f"--rounds {rounds}: more than the {count} problems to divide; give --rounds {count} "
             "or fewer"
         )
-    options.seed = _seed(options)
+    options.seed = _seed(options.seed, begun)
     sampling: list[str] = []
     for name in _PASSED_ON:
         value = getattr(options, name)
@@ -188,12 +191,11 @@ def _plan(options: argparse.Namespace) -> Plan:
     )
 
 
-def _rounds(options: argparse.Namespace) -> int:
+def _rounds(given: int | None, begun: Mapping[str, Any] | None) -> int:
     """Return the number of rounds; a comparison that was begun with another default keeps it."""
-    if options.rounds is not None:
-        return int(options.rounds)
-    path = options.out / PLAN
-    stored = read_object(path).get("rounds") if path.exists() else None
+    if given is not None:
+        return given
+    stored = (begun or {}).get("rounds")
     return stored if isinstance(stored, int) else DEFAULT_ROUNDS
 
 
@@ -227,17 +229,15 @@ def _number(value: str | None) -> float | str | None:
         return value
 
 
-def _seed(options: argparse.Namespace) -> int | None:
+def _seed(given: int | None, begun: Mapping[str, Any] | None) -> int | None:
     """Return the seed of the runs; a comparison that was begun with another default keeps it.
 
     None, which `sample` takes as its own default, stands for that seed in a comparison of an
     earlier version: its plan names none.
     """
-    given: int | None = options.seed
-    path = options.out / PLAN
-    if not path.exists():
+    if begun is None:
         return UNSEEDED if given is None else given
-    sampling = read_object(path).get("sampling", [])
+    sampling = begun.get("sampling", [])
     if "--seed" not in sampling:
         return None if given == DEFAULT_SEED else given
     at = sampling.index("--seed") + 1

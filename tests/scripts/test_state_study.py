@@ -93,7 +93,7 @@ def test_failed_engine(
 ) -> None:
     monkeypatch.setattr(state_study.sys, "executable", "false")
     assert state_study.main(["--out", str(tmp_path)]) == 2
-    assert "llamba-tiny, float32: exit code 1" in capsys.readouterr().err
+    assert "llamba-tiny, float32: false ended with code 1" in capsys.readouterr().err
 
 
 def test_wrong_number_of_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,7 +62,8 @@ class RecurrentMixer(MambaBase, nn.Module):
         self.state_shapes = state_cache.state_shapes(
             self.config, self.tp_size, self.state_dtypes[1]
         )
-        if len(self.state_shapes) > 2:
+        self.has_scales = len(self.state_shapes) > 2
+        if self.has_scales:
             state_cache.check_alignment(self.state_shapes, self.state_dtypes)
         backend = choose_backend(vllm_config.device_config.device.type)
         self.conv_op = load_operator("causal_conv", backend)
@@ -127,15 +128,16 @@ class RecurrentMixer(MambaBase, nn.Module):
             self._run_drafts(metadata, projected, dt, output)
         elif num_decode:
             slots = compat.decode_state_indices(metadata)[:num_decode]
-            conv, scan = self._decode_functions(slots, metadata.seq_lens[:num_decode])
+            lengths = metadata.seq_lens[:num_decode] if self.has_scales else None
+            conv, scan = self._decode_functions(slots, lengths)
             output[:num_decode] = self.mix(projected[:num_decode], dt[:num_decode], conv, scan)
         if metadata.num_prefill_tokens:
             conv, scan = self._prefill_functions(metadata)
             tokens = slice(num_decode, num_tokens)
             output[tokens] = self.mix(projected[tokens], dt[tokens], conv, scan)
             if self.is_speculating:
-                lengths = metadata.seq_lens[metadata.num_decodes :][: metadata.num_prefills]
-                self.num_tokens_in[metadata.state_indices_tensor_p.long()] = lengths
+                slots = metadata.state_indices_tensor_p.long()
+                self.num_tokens_in[slots] = _prefill_lengths(metadata)
 
     def _resize_num_tokens_in(self) -> None:
         ssm_state = self.kv_cache[1]
@@ -173,7 +175,8 @@ class RecurrentMixer(MambaBase, nn.Module):
             target = torch.where(is_token, slots[:, j], 0)
             for state in self.kv_cache:
                 state[target] = state[source]
-            conv, scan = self._decode_functions(target, num_done + 1 + j)
+            lengths_now = num_done + 1 + j if self.has_scales else None
+            conv, scan = self._decode_functions(target, lengths_now)
             y = self.mix(projected[rows], dt[rows], conv, scan)
             output[rows] = torch.where(is_token[:, None], y, output[rows])
             source = target
@@ -184,8 +187,10 @@ class RecurrentMixer(MambaBase, nn.Module):
         conv = conv.transpose(1, 2) if is_conv_state_dim_first() else conv
         return conv, ssm, scales[0] if scales else None
 
-    def _decode_functions(self, slots: torch.Tensor, num_tokens: torch.Tensor) -> tuple[Conv, Scan]:
-        """For slots [S] whose states have seen num_tokens [S] tokens afterwards."""
+    def _decode_functions(
+        self, slots: torch.Tensor, num_tokens: torch.Tensor | None
+    ) -> tuple[Conv, Scan]:
+        """For slots [S]; int8 needs num_tokens [S], which their states have seen afterwards."""
         conv_state, ssm_state, scales = self._states()
 
         def conv(u: torch.Tensor) -> torch.Tensor:
@@ -196,11 +201,7 @@ class RecurrentMixer(MambaBase, nn.Module):
 
         def scan(*inputs: torch.Tensor) -> torch.Tensor:
             y: torch.Tensor = self.scan_op.decode(
-                ssm_state,
-                slots,
-                *inputs,
-                scales=scales,
-                num_tokens=None if scales is None else num_tokens,
+                ssm_state, slots, *inputs, scales=scales, num_tokens=num_tokens
             )
             return y
 
@@ -211,7 +212,7 @@ class RecurrentMixer(MambaBase, nn.Module):
         slots = metadata.state_indices_tensor_p
         has_state = metadata.has_initial_states_p
         cu_seqlens = metadata.query_start_loc_p
-        num_tokens = metadata.seq_lens[metadata.num_decodes :][: metadata.num_prefills]
+        num_tokens = _prefill_lengths(metadata) if self.has_scales else None
 
         def conv(u: torch.Tensor) -> torch.Tensor:
             y: torch.Tensor = self.conv_op.prefill(
@@ -242,6 +243,12 @@ class RecurrentMixer(MambaBase, nn.Module):
         output = projected.new_zeros(projected.shape[0], width)
         getattr(torch.ops.vllm, OP_NAME)(projected, dt, output, self.prefix)
         return output
+
+
+def _prefill_lengths(metadata: Any) -> torch.Tensor:
+    """Tokens of each prefilled sequence up to the end of this step; integer, [prefills]."""
+    lengths: torch.Tensor = metadata.seq_lens[metadata.num_decodes :][: metadata.num_prefills]
+    return lengths
 
 
 def _thinkfast_mixer(

@@ -3,10 +3,6 @@
 Tokens are not those of float32 states; they are near, and the same however they are scheduled.
 """
 
-import ast
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +10,7 @@ import pytest
 import torch
 
 from tests.vllm_thinkfast.features.conftest import CHUNKED, PLAIN, PROMPTS, REPETITIVE, Plain
+from tests.vllm_thinkfast.features.run_ngram import run_ngram
 from tests.vllm_thinkfast.features.test_settings import mixers
 from tests.vllm_thinkfast.models.engines import (
     EnginePool,
@@ -117,24 +114,13 @@ def test_bytes(llm: Any, folder: Path) -> None:
 def test_drafts(folder: Path, engines: EnginePool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Speculative decoding keeps and copies scales with their states: same tokens as without.
 
-    In a process of its own: vLLM 0.32 cannot make a second speculating engine in one. It has no
-    prefix cache, and so does not round the state before a prompt's last token.
+    A speculating engine has no prefix cache, and so does not round the state before a prompt's last
+    token.
     """
     monkeypatch.setenv(envs.SSM_STATE, "int8")
     llm = engines.get(folder, **PLAIN, enable_prefix_caching=False)
     expected = greedy(llm, REPETITIVE, NUM_TOKENS)
-    program = [sys.executable, "-m", "tests.vllm_thinkfast.features.run_ngram", str(folder)]
-    done = subprocess.run(
-        program,
-        input=repr((REPETITIVE, NUM_TOKENS)),
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-    tokens, num_drafted, num_accepted = ast.literal_eval(line.removeprefix("RESULT "))
+    tokens, num_drafted, num_accepted = run_ngram(folder, REPETITIVE, NUM_TOKENS)
     assert 0 < num_accepted < num_drafted
     assert tokens == expected
 

@@ -4,10 +4,6 @@ Tokens must be equal wherever the arithmetic is the same; where a setting change
 log-probabilities must be near.
 """
 
-import ast
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,6 +25,7 @@ from tests.vllm_thinkfast.features.conftest import (
     REPETITIVE,
     Plain,
 )
+from tests.vllm_thinkfast.features.run_ngram import run_ngram
 from tests.vllm_thinkfast.models.engines import (
     EnginePool,
     greedy,
@@ -203,24 +200,10 @@ def test_process_reward_model(
 
 @pytest.mark.feature("speculative decoding, n-gram")
 def test_ngram(folder: Path, plain: Plain) -> None:
-    """Same tokens, some of them from accepted drafts, others after rejected ones.
-
-    In a process of its own: vLLM 0.32 cannot make a second speculating engine in one.
-    """
+    """Same tokens, some of them from accepted drafts, others after rejected ones."""
     if not compat.has_drafts():
         pytest.skip("refused with this vLLM: tests/vllm_thinkfast/models/test_speculation.py")
-    program = [sys.executable, "-m", "tests.vllm_thinkfast.features.run_ngram", str(folder)]
-    done = subprocess.run(
-        program,
-        input=repr((REPETITIVE, NUM_REPETITIVE_TOKENS)),
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    tokens, num_drafted, num_accepted = ast.literal_eval(lines[-1].removeprefix("RESULT "))
+    tokens, num_drafted, num_accepted = run_ngram(folder, REPETITIVE, NUM_REPETITIVE_TOKENS)
     assert tokens == plain.repetitive
     assert 0 < num_accepted < num_drafted
 

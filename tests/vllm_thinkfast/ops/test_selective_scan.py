@@ -17,12 +17,10 @@ from tests.vllm_thinkfast.ops.data import (
     slices,
     split_points,
 )
+from tests.vllm_thinkfast.ops.int8_cache import NUM_TOKENS, check_decode_int8
 from vllm_thinkfast.ops.state_codec import reference as state_codec
 
 OPERATOR = "selective_scan"
-
-NUM_TOKENS = torch.tensor([9, 1, 2**20, 70], dtype=torch.int32)
-"""In the states of an 8-bit cache."""
 
 SHAPES = [  # H, P, G, N
     (4, 3, 4, 5),
@@ -231,21 +229,7 @@ def test_decode_dtypes_and_paged_cache(op, dtype, cache_dtype):
 def test_decode_int8(op, shape):
     """As with a float32 cache of the same states; what is written is off by less than a step."""
     case = inputs(4, shape)
-    codes, factors = state_codec.quantise(torch.randn(6, *case[2].shape), torch.arange(6))
-    cache, scales = paged_cache(codes), paged_cache(factors)
-    slots = torch.tensor([[5, 9], [2, 9], [0, 9], [3, 9]])[:, 0]  # a column of a block table
-    wide = state_codec.dequantise(codes, factors)
-    y = op.decode(cache, slots, *case, scales=scales, num_tokens=NUM_TOKENS)
-    wanted_y = op.decode(wide, slots, *case)
-    real = [0, 1, 3]
-    assert_close(y[real], wanted_y[real], "operator")
-    for slot in slots[real].tolist():
-        found = state_codec.dequantise(cache[slot], scales[slot])
-        step = wide[slot].abs().amax(-1) / 127
-        assert_close(scales[slot], step, "operator")
-        assert ((found - wide[slot]).abs() < 1.001 * step[..., None]).all()
-    assert torch.equal(cache[[1, 4]], codes[[1, 4]]), "other slots must not change"
-    assert torch.equal(scales[[1, 4]], factors[[1, 4]])
+    check_decode_int8(op, torch.randn(6, *case[2].shape), case)
 
 
 def test_decode_int8_rounds_by_element(op):

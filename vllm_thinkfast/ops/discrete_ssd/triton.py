@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_thinkfast.ops.state_codec.triton import quantise
+from vllm_thinkfast.ops.state_codec.triton import quantise, scale_strides
 
 CHUNK = 32
 """Tokens per chunk up to N = 64; the result does not depend on it. Products in full float32 do not
@@ -240,23 +240,13 @@ def decode(
     _decode_kernel[(S, H, triton.cdiv(P, block_p))](
         state, scales, num_tokens, state_indices, x, log_decay, B, C, D, y,
         P, N, H // G,
-        *state.stride(), *_scale_strides(scales, num_tokens),
+        *state.stride(), *scale_strides(state, scales, num_tokens),
         state_indices.stride(0), *x.stride(), *log_decay.stride(),
         *B.stride(), *C.stride(), *_skip_strides(D), *y.stride(),
         HAS_D=D is not None, HAS_SCALES=scales is not None, BLOCK_P=block_p, BLOCK_N=block_n,
         num_warps=4 if block_p * block_n >= 2048 else 1,
     )  # fmt: skip
     return y
-
-
-def _scale_strides(
-    scales: torch.Tensor | None, num_tokens: torch.Tensor | None
-) -> tuple[int | None, ...]:
-    """Of scales [slots, H, P] and num_tokens [S]; with None the kernel is compiled without them."""
-    if scales is None:
-        return (None,) * 4
-    assert num_tokens is not None
-    return *scales.stride(), num_tokens.stride(0)
 
 
 def _skip_strides(D: torch.Tensor | None) -> tuple[int, int]:

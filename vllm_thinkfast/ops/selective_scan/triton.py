@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_thinkfast.ops.state_codec.triton import quantise
+from vllm_thinkfast.ops.state_codec.triton import quantise, scale_strides
 
 _PREFILL_CHANNELS = 16
 """Channels per prefill program: few, so that one long sequence still occupies the whole device."""
@@ -182,23 +182,13 @@ def decode(
     _decode_kernel[(len(x), triton.cdiv(E, _DECODE_CHANNELS))](
         state, scales, num_tokens, state_indices, x, dt, A, B, C, D, y,
         E, N, per_group, per_head,
-        *state.stride(), *_scale_strides(scales, num_tokens),
+        *state.stride(), *scale_strides(state, scales, num_tokens),
         state_indices.stride(0),
         *x.stride(), *dt.stride(), *A.stride(), *B.stride(), *C.stride(), D.stride(0), *y.stride(),
         HAS_SCALES=scales is not None, BLOCK_E=_DECODE_CHANNELS, BLOCK_N=block_n,
         num_warps=_num_warps(_DECODE_CHANNELS * block_n),
     )  # fmt: skip
     return y
-
-
-def _scale_strides(
-    scales: torch.Tensor | None, num_tokens: torch.Tensor | None
-) -> tuple[int | None, ...]:
-    """Of scales [slots, E] and num_tokens [S]; with None the kernel is compiled without them."""
-    if scales is None:
-        return (None,) * 3
-    assert num_tokens is not None
-    return *scales.stride(), num_tokens.stride(0)
 
 
 def _channels_per(E: int, B: torch.Tensor, C: torch.Tensor) -> tuple[int, int]:

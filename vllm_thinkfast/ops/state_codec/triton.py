@@ -1,5 +1,6 @@
 """8-bit states inside Triton kernels; ``reference.py`` says what is computed, bit by bit."""
 
+import torch
 import triton
 import triton.language as tl
 
@@ -47,3 +48,16 @@ def quantise(state, num_tokens, index):
     fixed = tl.minimum(tl.maximum(fixed, -_LIMIT), _LIMIT)
     fixed += noise(num_tokens.to(tl.uint32), index.to(tl.uint32))
     return (fixed >> _FRACTION_BITS).to(tl.int8), scales
+
+
+def scale_strides(
+    state: torch.Tensor, scales: torch.Tensor | None, num_tokens: torch.Tensor | None
+) -> tuple[int | None, ...]:
+    """Strides of scales [slots, ...] and num_tokens [S] beside a state [slots, ..., N].
+
+    With None for each of them, a kernel is compiled without 8-bit states.
+    """
+    if scales is None:
+        return (None,) * state.dim()
+    assert num_tokens is not None
+    return *scales.stride(), num_tokens.stride(0)
