@@ -180,9 +180,7 @@ def _compare(run: Run, uniform: Run, draws: int) -> dict[str, Any]:
     _check_pair(run, uniform)
     cap = int(run.config["num_samples"])
     pairs = [uniform.samples[name] for name in run.samples]
-    num_samples = min(map(len, pairs))
-    if not num_samples:
-        stop(f"--against {uniform.folder}: a problem has no sample yet; finish it first")
+    num_samples = len(pairs[0])
     full = min(cap, num_samples)
     ks = _chosen_ks(num_samples, full)
     table = np.array(
@@ -231,7 +229,7 @@ def _compare(run: Run, uniform: Run, draws: int) -> dict[str, Any]:
 
 
 def _check_pair(run: Run, uniform: Run) -> None:
-    """Refuse a run of another model, other settings or other problems.
+    """Refuse a run of another model, other settings or other problems, or an unfinished one.
 
     Raises:
         InputError: it does not fit.
@@ -248,6 +246,15 @@ def _check_pair(run: Run, uniform: Run) -> None:
         stop(
             f"--against {uniform.folder}: {len(missing)} of {len(run.samples)} problems are not "
             f"in it (first: {missing[0]}); need a run of the same problems"
+        )
+    wanted = int(uniform.config["num_samples"])
+    short = [name for name in run.samples if len(uniform.samples[name]) != wanted]
+    if short:
+        # What is there of them is what finished first: short texts.
+        stop(
+            f"--against {uniform.folder}: {len(short)} of {len(run.samples)} problems do not have "
+            f"their {wanted} samples (first: {short[0]}, {len(uniform.samples[short[0]])}); finish "
+            "thinkfast-eval sample with the same options, it resumes"
         )
 
 

@@ -46,6 +46,9 @@ class VoteJury:
         self._judge.__enter__()
         try:
             self._judge.catch_up(self._command)
+        except (ImportError, RuntimeError) as error:
+            self._judge.__exit__(None, None, None)
+            stop(f"{error}; samples that are stored cannot be judged: mend that, then go on")
         except BaseException:
             self._judge.__exit__(None, None, None)
             raise

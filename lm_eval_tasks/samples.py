@@ -12,6 +12,7 @@ the data set. docs/evaluation.md describes the folder.
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,6 +71,9 @@ def run_key(config: Mapping[str, Any]) -> str:
 
 def sample_seed(run_seed: int, problem: str, index: int, run: str = "") -> int:
     """Return the seed of one sample: reproducible, and different for every sample of every run.
+
+    Runs that differ in nothing but ``--stop-error`` and ``--stop-every`` share their seeds, so that
+    they can be compared sample by sample; they are not to be pooled.
 
     Args:
         run_seed: the seed of the whole run.
@@ -339,6 +343,22 @@ class SampleStore:
             InputError: the file was changed since `placed_records` read it.
         """
         return self._samples.read_at(places, SampleRecord.from_dict)
+
+    def sync_samples(self) -> None:
+        """Force the samples that are stored onto the disk, whichever process wrote them.
+
+        Raises:
+            InputError: the disk refuses.
+        """
+        path = self._samples.path
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fdatasync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            stop(f"{path}: the last lines may not be on the disk ({error.strerror})")
 
     def sessions(self) -> list[dict[str, Any]]:
         """Return the lines of sessions.jsonl, one per (re)start, later facts merged into it."""

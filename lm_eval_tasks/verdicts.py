@@ -6,8 +6,9 @@ correct. ``classes.jsonl`` has one line per problem: its different answers, grou
 of task and grading, so that verdicts of an older grader are never mixed with newer ones.
 """
 
+import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 from lm_eval_tasks.answers import Extracted
 from lm_eval_tasks.errors import stop
-from lm_eval_tasks.jsonl import JsonLines
+from lm_eval_tasks.jsonl import JsonLines, write_atomically
 from lm_eval_tasks.locks import exclusive
 from lm_eval_tasks.provenance import record_grading
 from lm_eval_tasks.samples import SampleStore
@@ -195,16 +196,22 @@ class Judge:
             opened.enter_context(exclusive(self.folder / ".score.lock", self.folder))
             opened.enter_context(self._verdicts)
             opened.enter_context(self._classes)
-            for verdict in read_verdicts(self.folder):
-                if verdict.task_version == self._version:
-                    self._done.add(verdict.key)
-                    if verdict.answer is not None:
-                        self._known[verdict.problem_id][verdict.answer] = verdict.correct
-                        self._counts[verdict.problem_id][verdict.answer] += 1
-            rows = read_classes(self.folder, self._version).items()
-            self._grouped = {name: row.classes for name, row in rows}
+            self._read()
             self._open = opened.pop_all()
         return self
+
+    def _read(self) -> None:
+        self._done.clear()
+        self._known.clear()
+        self._counts.clear()
+        for verdict in read_verdicts(self.folder):
+            if verdict.task_version == self._version:
+                self._done.add(verdict.key)
+                if verdict.answer is not None:
+                    self._known[verdict.problem_id][verdict.answer] = verdict.correct
+                    self._counts[verdict.problem_id][verdict.answer] += 1
+        rows = read_classes(self.folder, self._version).items()
+        self._grouped = {name: row.classes for name, row in rows}
 
     def __exit__(
         self,
@@ -221,17 +228,31 @@ class Judge:
     def catch_up(self, command: str | None) -> ScoreCounts:
         """Judge all stored samples that have no verdict yet; see `score_run`."""
         missing: dict[str, list[tuple[int, Extracted]]] = defaultdict(list)
-        num_samples = 0
+        stored: set[tuple[str, int]] = set()
         for record in self.store.records():  # the texts are not kept
-            num_samples += 1
+            stored.add(record.key)
             if record.key not in self._done:
                 missing[record.problem_id].append((record.sample_index, self.extract(record.text)))
-        num_new = sum(map(len, missing.values()))
+        if not self._done <= stored:
+            self._drop_verdicts_without(stored)
+        num_samples, num_new = len(stored), sum(map(len, missing.values()))
         if num_new:
             record_grading(self.folder, command, num_new)
         for name in self._golds:
             self.judge(name, missing[name])
         return ScoreCounts(num_samples, num_new)
+
+    def _drop_verdicts_without(self, stored: Set[tuple[str, int]]) -> None:
+        """Take out verdicts of samples that are gone: lost in a power cut, or deleted by hand.
+
+        Such a sample is drawn again, and without a seed it is another one.
+        """
+        rows = [row.as_dict() for row in read_verdicts(self.folder) if row.key in stored]
+        self._verdicts.close()
+        text = "".join(f"{json.dumps(row, allow_nan=False)}\n" for row in rows)
+        write_atomically(self._verdicts.path, text)
+        self._verdicts.open()
+        self._read()
 
     def judge(self, name: str, samples: Sequence[tuple[int, Extracted]]) -> None:
         """Write the verdicts on samples of a problem, and its classes where they have changed.
@@ -240,6 +261,8 @@ class Judge:
             name: of the problem.
             samples: index and answer of those without a verdict.
         """
+        if samples:
+            self.store.sync_samples()  # a verdict must not outlive its sample
         gold, verdict_of = self._golds[name], self._known[name]
         answers = {found.answer for _, found in samples if found.answer is not None}
         asked = sorted(answers - verdict_of.keys())

@@ -56,8 +56,14 @@ class _Worker:
         # The child's wall-clock watchdog fires only if this process can no longer kill it.
         command = [sys.executable, "-W", "ignore", str(script), str(deadline_s)]
         command += [str(2 * _WALL_FACTOR * deadline_s + 1), str(memory_bytes)]
+        # Ctrl-C in a terminal goes to the whole process group: a worker that it ended would look as
+        # if its comparison had killed it. A dead parent is noticed by the end of stdin.
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         assert self.process.stdin is not None
         assert self.process.stdout is not None

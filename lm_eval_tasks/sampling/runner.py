@@ -13,9 +13,10 @@ With early stops (saturated only) `lm_eval_tasks.sampling.waves` says what is dr
 
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import nullcontext, suppress
 from typing import Any, TextIO
 
-from lm_eval_tasks.errors import stop
+from lm_eval_tasks.errors import InputError, stop
 from lm_eval_tasks.samples import SampleRecord, SampleStore
 from lm_eval_tasks.sampling.backend import (
     Backend,
@@ -159,10 +160,11 @@ class _Session:
                 self._one_problem_at_a_time(requests)
             else:
                 self._saturated(requests)
-        except (BackendError, KeyboardInterrupt) as error:
+        except (BackendError, KeyboardInterrupt, InputError) as error:
             # These facts belong to the samples stored so far.
-            self._end()
-            if isinstance(error, KeyboardInterrupt):
+            with suppress(InputError) if isinstance(error, InputError) else nullcontext():
+                self._end()  # after a full disk they may not fit either
+            if not isinstance(error, BackendError):
                 raise
             stop(
                 f"{error}; {self.progress.samples} are stored, the same command goes on from there"

@@ -104,13 +104,20 @@ def test_against_uniform_by_hand(stopped: Path, uniform: Path) -> None:
 
 
 def test_against_a_worse_uniform_run(stopped: Path, tmp_path: Path) -> None:
-    answers = {"a": "22221111", "b": "2222222", "c": "66666666", "d": "44443333"}
-    folder = write(tmp_path / "worse", answers, num_samples=8)
+    answers = {"a": "2222111", "b": "2222222", "c": "6666666", "d": "4444333"}
+    folder = write(tmp_path / "worse", answers, num_samples=7)
     found = load_stopped(stopped, folder, draws=200)["against"]
-    assert found["k"] == 7, "as many samples as every problem has"
+    assert found["k"] == 7, "as many samples as it has"
     assert found["equal"]["k"]["value"] is None
     assert found["equal"]["samples_saved"]["value"] is None
     assert found["equal"]["share_not_reached"] > 0.5
+
+
+def test_unfinished_uniform_run_is_refused(stopped: Path, tmp_path: Path) -> None:
+    """Of its last samples those are there that finished first."""
+    uniform = write(tmp_path / "part", UNIFORM | {"b": "222299"})
+    with pytest.raises(ValueError, match=r"1 of 4 problems do not have their 8 samples .*b, 6\)"):
+        load_stopped(stopped, uniform, draws=50)
 
 
 def test_uniform_run_beyond_the_cap(stopped: Path, tmp_path: Path) -> None:

@@ -76,6 +76,39 @@ def test_compare_says_why_a_worker_cannot_start(
         pool.compare([("x+1", "1+x")])
 
 
+def test_workers_do_not_hear_ctrl_c() -> None:
+    """A terminal sends it to the whole group; a worker that it ended would look like a bad answer.
+
+    The comparisons go on in a thread while the main thread is interrupted, as early stops do.
+    """
+    script = textwrap.dedent(
+        """
+        import os, signal, threading
+        from lm_eval_tasks.workers import WorkerPool
+        pool = WorkerPool(size=1)
+        assert pool.compare([("1", "1")]) == ["equal"]
+        pairs = [(f"{i}/{i + 1}", f"1-1/{i + 1}") for i in range(1, 60)]
+        found = []
+        thread = threading.Thread(target=lambda: found.extend(pool.compare(pairs)))
+        thread.start()
+        try:
+            os.killpg(0, signal.SIGINT)
+            thread.join()
+        except KeyboardInterrupt:
+            thread.join()
+        print(len(found), set(found))
+        """
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        start_new_session=True,  # the group that is interrupted is not pytest's
+    )
+    assert done.stdout == "59 {'equal'}\n"
+
+
 def test_workers_end_with_their_parent() -> None:
     """Even when the parent is killed while a worker computes inside C code."""
     script = textwrap.dedent(

@@ -200,6 +200,45 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
     assert score_run(folder) == (len(found), 0)
 
 
+@pytest.mark.parametrize("num_lost", [1, 3, 9])
+def test_power_cut_that_loses_samples_with_verdicts(tmp_path: Path, num_lost: int) -> None:
+    """The last lines of one file are lost, those of the other are not."""
+    with pytest.raises(ValueError, match="the script says so"):
+        draw_stopping(tmp_path, AnsweringBackend(fail_after=70), stream=io.StringIO())
+    file = tmp_path / "samples.jsonl"
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-num_lost]))
+    draw_stopping(tmp_path, AnsweringBackend())
+    found = content(tmp_path)
+    assert found == expected(10, 32)
+    assert score_run(tmp_path) == (len(found), 0)
+    assert {verdict.key for verdict in read_verdicts(tmp_path)} == found.keys()
+
+
+def test_samples_are_on_the_disk_before_their_verdicts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    sync, write = SampleStore.sync_samples, jsonl.os.write
+
+    def counted(store: SampleStore) -> None:
+        sync(store)
+        synced.append((tmp_path / "samples.jsonl").read_bytes().count(b"\n"))
+
+    verdicts: list[bytes] = []
+
+    def checked(descriptor: int, data: bytes) -> int:
+        if b'"answer"' in data:
+            verdicts.append(data)
+            assert synced
+            assert len(verdicts) <= synced[-1]
+        return write(descriptor, data)
+
+    monkeypatch.setattr(SampleStore, "sync_samples", counted)
+    monkeypatch.setattr(jsonl.os, "write", checked)
+    draw_stopping(tmp_path, AnsweringBackend(), stream=io.StringIO())
+    assert len(verdicts) == len(content(tmp_path))
+
+
 class FailingJury(VoteJury):
     """Cannot judge after a while."""
 
@@ -222,6 +261,7 @@ def test_judging_that_fails_loses_nothing(
     with pytest.raises(ValueError, match=r"did not start; the samples of t/\d+ are stored"):
         draw_stopping(tmp_path, AnsweringBackend(), jury=FailingJury, stream=io.StringIO())
     assert capsys.readouterr().err.count("error:") == 1
+    assert "idle_s" in SampleStore(tmp_path).sessions()[-1], "the seconds so far count"
     draw_stopping(tmp_path, AnsweringBackend())
     assert content(tmp_path) == expected(10, 32)
 
