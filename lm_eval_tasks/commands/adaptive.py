@@ -17,9 +17,10 @@ from lm_eval_tasks.analysis import Run, Settings, load_run
 from lm_eval_tasks.early_stops import figures_of, load_stopped, tables_of
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.figures import Figure, Series
-from lm_eval_tasks.html_report import figure_html, page, table_html
+from lm_eval_tasks.html_report import details_html, figure_html, page, table_html
 from lm_eval_tasks.jsonl import write_atomically
 from lm_eval_tasks.plots import draw_figures
+from lm_eval_tasks.provenance import commands_of, session_rows
 from lm_eval_tasks.samples import SampleStore
 from lm_eval_tasks.stopping import HIGHEST_ERROR, StopRule
 from lm_eval_tasks.tables import Table, what_was_run
@@ -155,6 +156,8 @@ def _replay_run(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         "run": run.name,
         "folder": str(run.folder),
         "config": run.config,
+        "sessions": run.sessions,
+        "grading": run.grading,
         "facts": run.facts,
         "orders": options.orders,
         "draws": options.draws,
@@ -280,13 +283,32 @@ class _Report:
         write_atomically(folder / "adaptive.json", json.dumps(numbers, indent=1) + "\n")
         drawn = [figure_html(figure, i) for i, figure in enumerate(figures)]
         sections = ["<div class=charts>", *drawn, "</div>", *map(table_html, tables)]
+        runs = [one for run in self.runs for one in (run, run.get("against")) if one]
+        commands = [*commands_of(runs), command]
+        sections.append(details_html("Commands", "\n".join(commands)))
+        for run in runs:
+            name = f"{run['run']} ({run['folder']})"
+            sections.append(details_html(f"Settings of {name}", _json(run["config"])))
+            sections.append(details_html(f"Sessions of {name}", _json(dict(session_rows(run)))))
         write_atomically(folder / "adaptive.html", page(title, sections, figures))
         text = [f"# {title}\n", f"`{command}`\n"]
         text += [f"![{figure.title}]({figure.name}.png)\n" for figure in figures]
         for table in tables:
             text += [f"## {table.title}\n", table.markdown()]
+        text += ["## Commands\n", "```text", *commands, "```\n", "## Settings of the runs\n"]
+        for run in runs:
+            text += [
+                f"{run['run']} (`{run['folder']}`):\n",
+                "```json",
+                _json(run["config"]),
+                "```\n",
+            ]
         write_atomically(folder / "adaptive.md", "\n".join(text))
         draw_figures(figures, folder)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False)
 
 
 def _range(interval: dict[str, float], scale: float, digits: int) -> str:

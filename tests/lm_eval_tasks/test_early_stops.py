@@ -23,7 +23,7 @@ def write(folder: Path, answers: dict[str, str], **config: Any) -> Path:
     texts = {name: [f"#### {digit}" for digit in digits] for name, digits in answers.items()}
     settings = {"num_samples": 8, "name": folder.name} | config
     write_run(folder, {name: GOLDS[name] for name in answers}, texts, **settings)
-    score_run(folder)
+    score_run(folder, f"thinkfast-eval score {folder}")
     return folder
 
 
@@ -157,6 +157,11 @@ def test_adaptive_command(
     assert "cut at the token limit" in shown
     names = sorted(path.name for path in out.iterdir())
     assert names == ["adaptive.html", "adaptive.json", "adaptive.md", "early-stops.png"]
+    written = (out / "adaptive.md").read_text()
+    for folder in (stopped, uniform):
+        assert f"thinkfast-eval score {folder}" in written, "commands of both runs"
+        assert f"{folder.name} (`{folder}`):" in written, "settings of both runs"
+        assert f"Sessions of {folder.name}" in (out / "adaptive.html").read_text()
     assert "pass@k" not in shown.replace("there is no pass@k", "")
     numbers = json.loads((out / "adaptive.json").read_text())["runs"]
     assert main([*arguments, "--json"]) == 0
