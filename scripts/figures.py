@@ -6,7 +6,7 @@ from typing import Any
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Black, then Okabe and Ito's palette, which colour-blind readers can tell apart."""
-_STYLE = {"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False}
+_STYLE: Any = {"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False}
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -61,7 +60,7 @@ def train(recipe: Path, run: Path, overrides: list[str], max_steps: int | None =
 
 
 def call(
-    command: list[str], log: Path, name: str, environment: Mapping[str, str] | None = None
+    command: list[str], log: Path, name: str, environment: dict[str, str] | None = None
 ) -> None:
     """Runs a command in the checkout with one thread; its output is appended to a file.
 

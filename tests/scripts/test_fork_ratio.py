@@ -1,0 +1,37 @@
+"""``scripts/fork_ratio.py``: its table, its models, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import fork_ratio
+from vllm_thinkfast.checkpoints.config_reader import read_config
+
+
+def repeats(*walls: float, prefilled: int) -> list[dict[str, float]]:
+    return [{"wall_s": wall, "process_s": 2 * wall, "prefilled": prefilled} for wall in walls]
+
+
+def test_table_has_the_median_of_the_repeats_ratios() -> None:
+    row: dict[str, Any] = {"model": "Llamba", "prompt": 512, "generated": 64}
+    row["unforked"] = repeats(8.0, 9.0, 4.0, prefilled=16384)
+    row["forked"] = repeats(4.0, 3.0, 4.0, prefilled=543)
+    line = fork_ratio.table([row]).splitlines()[-1]
+    ratio = "2.00 (1.00 to 3.00)"
+    assert line == f"| Llamba | 512 + 64 | {ratio} | {ratio} | 16,384 | 543 |"
+
+
+@pytest.mark.parametrize("name", fork_ratio.MODELS)
+def test_models_are_what_their_names_say(name: str, tmp_path: Path) -> None:
+    folder = fork_ratio.write_model(name, tmp_path, "tiny")
+    config = read_config(folder)
+    assert type(config).__name__.removesuffix("Config") == name.partition(",")[0]
+    version = json.loads((folder / "config.json").read_text()).get("mamba_version")
+    assert version == {"1": "mamba1", "2": "mamba2"}.get(name[-1])
+
+
+def test_wrong_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fork_ratio.main(["--samples", "0"]) == 2
+    assert "--samples 0: need a whole number of at least 1" in capsys.readouterr().err
