@@ -298,8 +298,8 @@ class StageConfig:
     """AdamW."""
 
     weight_decay: float = 0.1
-    """On matrices only: never on norms, biases, convolutions, nor on A, D, dt_bias and dt_proj. Rows
-    of in_proj that make step sizes or decays (dt) are part of a matrix and decay with it."""
+    """On matrices only: never on norms, biases, convolutions, nor on A, D, dt_bias and dt_proj.
+    Rows of in_proj that make step sizes or decays (dt) are part of a matrix and decay with it."""
 
     clip_norm: float | None = 1.0
     """Largest global gradient norm; null: no clipping."""

@@ -21,7 +21,8 @@ def report(config: RunConfig) -> dict[str, Any]:
         config: the run.
 
     Returns:
-        recipe, notes on it, parameter counts, and per stage steps, freeze table, FLOPs, memory and hours.
+        recipe, notes on it, parameter counts, and per stage steps, freeze table, FLOPs, memory and
+        hours.
 
     Raises:
         RecipeError: the teacher's configuration is not there or does not fit.

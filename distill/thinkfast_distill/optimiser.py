@@ -1,7 +1,7 @@
 """AdamW over the trainable parameters: weight-decay groups, gradient norms, clipping.
 
 No weight decay on what is not a matrix of a projection: A, D, dt_bias, norms, biases, convolutions;
-nor on Mamba-1's dt_proj. The rows of in_proj that make step sizes or decays (dt) have that of in_proj.
+nor on Mamba-1's dt_proj. Rows of in_proj that make step sizes or decays (dt) decay with in_proj.
 Norms are summed in float64 over all parameters and ranks before anything is scaled, so that the
 same gradients are clipped alike on one rank and on many.
 """
