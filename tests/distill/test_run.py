@@ -258,7 +258,7 @@ def test_hub_data_without_decontamination_is_named(tmp_path, capsys, monkeypatch
     for words, is_noted in ((("--dry-run",), True), (start, True), ((named, "--dry-run"), False),
                             ((named, *start), False), (("--quiet", *start), False)):  # fmt: skip
         assert cli.main(["run", str(path), *words]) == 0
-        lines = sum(capsys.readouterr(), "").splitlines()
+        lines = "".join(capsys.readouterr()).splitlines()
         assert lines.count(note) == is_noted, words
     assert cli.main(["run", str(RECIPES / "arith-teacher-tiny.yaml"), "--dry-run"]) == 0
     assert "nothing is decontaminated" not in capsys.readouterr().out
