@@ -162,6 +162,7 @@ def _llamba(layout: LlambaLayout, teacher: PretrainedConfig) -> LlambaConfig:
         ssm_state_size=layout.ssm_state_size or head_dim_of(teacher),
         expand=layout.expand,
         conv_kernel=layout.conv_kernel,
+        use_bias=_use_bias(layout, teacher),
         mixer_activation=layout.mixer_activation,
         chunk_size=layout.chunk_size,
         final_norm_eps=teacher.rms_norm_eps,
@@ -183,6 +184,11 @@ def _mamba_in_llama(
         raise RecipeError(
             f"student.layout.ssm_state_size: {state} must divide the teacher's key/value width "
             f"{kv_size} and query width {q_size}."
+        )
+    if layout.use_bias and not is_mamba2:
+        raise RecipeError(
+            "student.layout.use_bias: Mamba-1 projections have no such biases; leave it out, or "
+            "set mamba_version: mamba2."
         )
     model_type = str(teacher.model_type)
     return MambaInLlamaConfig(
@@ -209,9 +215,18 @@ def _mamba_in_llama(
         conv_kernel=layout.conv_kernel,
         repeat_kv_before_conv=layout.repeat_kv_before_conv,
         time_step_rank=layout.time_step_rank,
+        use_bias=is_mamba2 and _use_bias(layout, teacher),
         use_gated_norm=layout.use_gated_norm,
         chunk_size=layout.chunk_size,
     )
+
+
+def _use_bias(layout: LlambaLayout | MambaInLlamaLayout, teacher: PretrainedConfig) -> bool:
+    """Whether the mixers' projections have biases: as set, else where the teacher's o_proj has."""
+    if layout.use_bias is not None:
+        return layout.use_bias
+    # Qwen2 and Mistral have none on o_proj, whatever their configuration says.
+    return teacher.model_type == "llama" and bool(getattr(teacher, "attention_bias", False))
 
 
 def attention_window(teacher: PretrainedConfig, i: int) -> int | None:

@@ -107,7 +107,7 @@ def _run(options: argparse.Namespace) -> int:
         report = dry_run.report(config)
         print(json.dumps(report, indent=2) if options.json else dry_run.render(config, report))
         return 0
-    from thinkfast_distill import distributed
+    from thinkfast_distill import distributed, parts
     from thinkfast_distill.loop import Trainer
 
     folder = options.run_dir or Path("runs") / config.name
@@ -116,6 +116,9 @@ def _run(options: argparse.Namespace) -> int:
         trainer = Trainer(
             config, folder, world, max_steps=options.max_steps, show_progress=not options.quiet
         )
+        if world.is_main and not options.quiet:
+            for line in parts.contamination_notes(config):
+                print(line, file=sys.stderr)
         progress = trainer.train()
     finally:
         distributed.stop(world)

@@ -79,6 +79,11 @@ class LlambaLayout:
     mixer_activation: Literal["identity", "silu"] = "identity"
     """After the convolution; the published models have none."""
 
+    use_bias: bool | None = None
+    """Biases of in_proj and out_proj, which take the place of the gate's own bias; null: where the
+    teacher's output projection has one (Llama with ``attention_bias``), for QKVO copying to hold
+    it. The published models have none."""
+
     chunk_size: int = 128
     """Tokens per scan chunk; no effect on the result beyond rounding."""
 
@@ -108,6 +113,10 @@ class MambaInLlamaLayout:
 
     use_gated_norm: bool = True
     """Mamba-2: RMS norm per head after the gate."""
+
+    use_bias: bool | None = None
+    """Mamba-2: biases of in_proj and out_proj; null: where the teacher's output projection has one,
+    as in Llamba. Mamba-1 has no place for biases of queries and keys, whatever is set."""
 
     chunk_size: int = 256
     """Mamba-2: tokens per scan chunk; no effect on the result beyond rounding."""
@@ -289,7 +298,8 @@ class StageConfig:
     """AdamW."""
 
     weight_decay: float = 0.1
-    """On matrices only: never on A, D, dt, norms, biases, convolutions."""
+    """On matrices only: never on norms, biases, convolutions, nor on A, D, dt_bias and dt_proj.
+    Rows of in_proj that make step sizes or decays (dt) are part of a matrix and decay with it."""
 
     clip_norm: float | None = 1.0
     """Largest global gradient norm; null: no clipping."""

@@ -192,7 +192,8 @@ class MemoryEstimate:
     """Of one micro-batch, kept for the backward pass; a rough figure."""
 
     logits: float
-    """The chunk of the end-to-end loss."""
+    """The loss over the vocabulary: its chunk of tokens, the gradient of the head, and a float32
+    copy of a bfloat16 teacher's head."""
 
     evaluation: float
     """Instead of activations and logits, while held-out rows are measured; a rough figure."""
@@ -247,10 +248,13 @@ def memory_estimate(
         activations = block_token * tokens + layers * tokens * hidden * 4.0
     else:
         activations = block_token * tokens * layers
-    chunk_token = 6.0 * student_config.vocab_size * 4.0
     logits = 0.0
     if stage.kind not in LAYERWISE_STAGES:
-        logits = chunk_token * min(stage.loss.chunk_tokens, tokens)
+        of_teacher = None if stage.kind in ("pretrain", "sft") else teacher
+        logits = _vocabulary_bytes(config, stage, student_config, of_teacher, tokens)
+        # The head's gradient, of which the backward pass makes a copy when the chunks are gone.
+        head_grad = 4.0 * student.head_parameters
+        logits = head_grad + max(logits, head_grad)
     held_out, evaluation = config.evaluation, 0.0
     if held_out.data is not None:
         # One block at a time, for there are no gradients; the stage's own objective, then logits.
@@ -258,9 +262,33 @@ def memory_estimate(
         tokens = rows * held_out.seq_len
         evaluation = block_token * tokens + max(
             _matrices(rows, heads, held_out.seq_len),
-            chunk_token * min(stage.loss.chunk_tokens, tokens),
+            _vocabulary_bytes(config, stage, student_config, teacher, tokens),
         )
     return MemoryEstimate(weights, frozen, activations, logits, evaluation)
+
+
+def _vocabulary_bytes(
+    config: RunConfig,
+    stage: StageConfig,
+    student_config: ModelConfig,
+    teacher: ModelCost | None,
+    tokens: int,
+) -> float:
+    """Bytes of a loss over the vocabulary at its peak, without the gradient of the head.
+
+    Counted in ``losses``: of a cross entropy, logits and their log-softmax are there at once. With
+    a teacher, both of both models, both probabilities, their gap and one product. For jsd or with a
+    temperature it is two more, and then the gradient of the cross entropy lies beside them.
+    """
+    tensors, copies = 2, 0.0
+    if teacher is not None:
+        loss = stage.loss
+        is_plain = loss.kind != "jsd" and loss.temperature == 1
+        tensors = 8 if is_plain else 10 + (loss.ce_weight > 0)
+        if config.teacher is not None and config.teacher.dtype == "bfloat16":
+            copies = 4.0 * teacher.head_parameters
+    chunk = min(stage.loss.chunk_tokens, tokens)
+    return 4.0 * tensors * student_config.vocab_size * chunk + copies
 
 
 def _rows_at_once(stage: StageConfig, batch_rows: int, num_ranks: int) -> int:

@@ -21,7 +21,8 @@ def report(config: RunConfig) -> dict[str, Any]:
         config: the run.
 
     Returns:
-        recipe, parameter counts, and per stage steps, freeze table, FLOPs, memory and hours.
+        recipe, notes on it, parameter counts, and per stage steps, freeze table, FLOPs, memory and
+        hours.
 
     Raises:
         RecipeError: the teacher's configuration is not there or does not fit.
@@ -64,6 +65,7 @@ def report(config: RunConfig) -> dict[str, Any]:
         )
     return {
         "recipe": recipe.to_dict(config),
+        "notes": parts.contamination_notes(config),
         "teacher_parameters": None if teacher is None else teacher.total,
         "student_parameters": stages[-1]["student_parameters"],
         "num_ranks": num_ranks,
@@ -98,6 +100,8 @@ def render(config: RunConfig, found: dict[str, Any]) -> str:
             f"memory per device, estimated (GB): {_listed(stage['memory_bytes_per_device'])}",
             f"device-hours: {stage['device_hours']:.3g}",
         ]
+    if found["notes"]:
+        lines += ["", "# notes", *found["notes"]]
     hours, devices = found["device_hours"], found["num_ranks"]
     lines += [
         "",

@@ -1,7 +1,8 @@
 """``thinkfast-distill export``: the newest checkpoint of a run as a served model folder.
 
 The model card is made from the run's own records: what was trained on, for how long, the held-out
-figures at the start and after each stage, and each stage's own loss before and after it.
+figures at the start and after each stage, and each stage's own loss before and after it. A run
+without held-out data has the losses of its first and last training steps instead.
 """
 
 import tempfile
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from thinkfast_distill import parts
+from thinkfast_distill import model_card, parts
 from thinkfast_distill.checkpoint import Checkpoint, CheckpointStore
 from thinkfast_distill.config import RunConfig
 from thinkfast_distill.distributed import World
@@ -100,6 +101,7 @@ def export_run(run: Path, out: Path) -> Path:
 def _card(config: RunConfig, checkpoint: Checkpoint, run: Path) -> dict[str, Any]:
     """Facts for the model card; what is not known is left out."""
     progress = checkpoint.progress
+    records = read_log(run / LOG_FILE)
     stages: list[dict[str, Any]] = []
     for i, stage in enumerate(config.stages[: progress.stage + 1]):
         name = str(stage.name)
@@ -108,6 +110,7 @@ def _card(config: RunConfig, checkpoint: Checkpoint, run: Path) -> dict[str, Any
         steps = progress.stage_step if i == progress.stage else stage.num_steps
         before = progress.first_metrics.get(name, {})
         found = progress.last_metrics.get(name, {})
+        figures = {**_own_loss(stage.kind, before, found), **_whole_model(found)}
         if not stages and before:
             start = {"name": "start", "kind": "", "tokens": 0, "steps": 0}
             stages.append({**start, "metrics": _whole_model(before)})
@@ -117,10 +120,10 @@ def _card(config: RunConfig, checkpoint: Checkpoint, run: Path) -> dict[str, Any
                 "kind": stage.kind,
                 "tokens": progress.stage_tokens[name],
                 "steps": steps,
-                "metrics": {**_own_loss(stage.kind, before, found), **_whole_model(found)},
+                "metrics": figures or _training_losses(records, i, steps),
             }
         )
-    sessions = [r for r in read_log(run / LOG_FILE) if r["event"] == "session"]
+    sessions = [r for r in records if r["event"] == "session"]
     facts: dict[str, Any] = {
         "name": config.export.name or config.name,
         "license": config.export.license,
@@ -158,6 +161,22 @@ def _own_loss(kind: str, before: dict[str, float], after: dict[str, float]) -> d
         "baseline": after.get(f"{prefix}baseline"),
     }
     return {key: value for key, value in figures.items() if value is not None}
+
+
+def _training_losses(records: list[dict[str, Any]], index: int, steps: int) -> dict[str, float]:
+    """Losses of the first and the last training step that a stage's log has up to ``steps``."""
+    found = [
+        r["loss"]
+        for r in records
+        if r["event"] == "train"
+        and r["stage_index"] == index
+        and r["stage_step"] <= steps
+        and isinstance(r.get("loss"), float)
+    ]
+    if not found:
+        return {}
+    first, last = model_card.TRAINING_LOSSES
+    return {first: found[0], last: found[-1]}
 
 
 def _whole_model(found: dict[str, float]) -> dict[str, float]:

@@ -23,7 +23,8 @@ What differs from the published conversions with ``qkvo``:
   columns of O are reordered: slice i of a query head meets slice i of its own key/value head. The
   released conversions keep Q and O in order, which pairs slices of different heads. Each slice
   still sees only its own part of the scalar product of q and k.
-* Biases of q, k and v (Qwen2) go through the taps into the bias of the convolution.
+* Biases of q, k and v (Qwen2) go through the taps into the bias of the convolution. With
+  ``use_bias`` (Llama with ``attention_bias``) all four are those of the projections themselves.
 
 Q and K were trained with RoPE, which mixers do not have: ``qkvo`` is a warm start, no more.
 
@@ -323,7 +324,9 @@ def _copy_biases(
     if out_bias is not None:
         out_bias.copy_(given.get("o", torch.zeros_like(out_bias)))
     elif "o" in given:
-        raise ValueError(_no_place("o_proj.bias", "out_proj"))
+        is_mamba1 = isinstance(mixer, Mamba1)
+        fix = "mamba_version: mamba2" if is_mamba1 else "use_bias: true in student.layout"
+        raise ValueError(_no_place("o_proj.bias", "out_proj", fix))
     parts = {}
     for part, name in (("x", "v"), ("B", "k")):
         if name in given:
@@ -354,8 +357,8 @@ def _copy_biases(
     mixer.conv1d.bias.add_(torch.cat(full).to(mixer.conv1d.bias) * mixer.conv1d.weight.sum((1, 2)))
 
 
-def _no_place(what: str, where: str) -> str:
+def _no_place(what: str, where: str, fix: str = "another layout") -> str:
     return (
         f"init='qkvo': the teacher's {what} has no place in a mixer whose {where} has no bias for "
-        "it; use init='mohawk', or another layout."
+        f"it; use init='mohawk', or {fix}."
     )

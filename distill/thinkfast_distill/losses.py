@@ -258,6 +258,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     torch.mm(grad, weight, out=grad_hidden[part])
                 if grad_head is not None:
                     grad_head[:vocabulary].addmm_(grad.T, states)
+                del grad  # else it lives on beside the next chunk
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.dtypes = (hidden.dtype, head.dtype)
         ctx.mark_non_differentiable(sums)

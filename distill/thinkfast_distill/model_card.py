@@ -32,6 +32,13 @@ _COLUMNS = """\
 Measured on held-out text. `loss` is the stage's own objective, `baseline` what a student that
 learned nothing has there; all other figures are of the whole model."""
 
+TRAINING_LOSSES = ("first training loss", "last training loss")
+"""Metrics of a stage of a run without held-out text."""
+
+_TRAINING_COLUMNS = """\
+Nothing was measured on held-out text. The losses are the stage's own objective on the text of its
+first and its last logged training step."""
+
 
 def check(card: Mapping[str, Any]) -> None:
     """Raises ValueError if the card has unknown facts or facts of the wrong form."""
@@ -83,7 +90,9 @@ def render(card: Mapping[str, Any], *, architecture: str) -> str:
     lines.append("```console")
     lines += ["$ vllm serve ./" + _file_name(name), "```", ""]
     if card.get("stages"):
-        lines += ["## Training", "", *_stages(card["stages"]), "", _COLUMNS, ""]
+        names = {name for stage in card["stages"] for name in stage.get("metrics") or {}}
+        columns = _TRAINING_COLUMNS if names.intersection(TRAINING_LOSSES) else _COLUMNS
+        lines += ["## Training", "", *_stages(card["stages"]), "", columns, ""]
     if card.get("data"):
         total = sum(card["data"].values()) or 1
         lines += ["| source | tokens | share |", "| --- | ---: | ---: |"]

@@ -1,6 +1,7 @@
 """AdamW over the trainable parameters: weight-decay groups, gradient norms, clipping.
 
-No weight decay on what is not a matrix of a projection: A, D, dt, norms, biases, convolutions.
+No weight decay on what is not a matrix of a projection: A, D, dt_bias, norms, biases, convolutions;
+nor on Mamba-1's dt_proj. Rows of in_proj that make step sizes or decays (dt) decay with in_proj.
 Norms are summed in float64 over all parameters and ranks before anything is scaled, so that the
 same gradients are clipped alike on one rank and on many.
 """
@@ -21,7 +22,8 @@ def has_weight_decay(name: str, ndim: int) -> bool:
 
     Args:
         name: its qualified name.
-        ndim: its number of dimensions; vectors (norms, biases, D) never decay.
+        ndim: its number of dimensions; vectors (norms, biases, D) never decay. A matrix decays as a
+            whole: in_proj with its rows of dt.
     """
     if ndim < 2 or name.endswith(_NO_DECAY):
         return False

@@ -331,6 +331,17 @@ def counts_step_labels(config: RunConfig, data: str) -> bool:
     )
 
 
+def contamination_notes(config: RunConfig) -> list[str]:
+    """One line for each mixture that is trained on, has hub data and names no problems."""
+    return [
+        f"mixture {name}: nothing is decontaminated; name the problems you will evaluate on in "
+        f"data.{name}.decontaminate"
+        for name in dict.fromkeys(stage.data for stage in config.stages)
+        if not config.data[name].decontaminate
+        and any(source.get("kind") == "hub" for source in config.data[name].sources)
+    ]
+
+
 def is_reward_model(config: RunConfig) -> bool:
     """Whether the last stage trains a process reward model."""
     return all(source.has_step_labels for source in _sources(config, config.stages[-1].data))

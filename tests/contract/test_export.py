@@ -57,6 +57,10 @@ KINDS = {
     "llamba": lambda: LlambaConfig(
         **SIZES, num_heads=4, n_groups=4, ssm_state_size=16, tie_word_embeddings=True
     ),
+    # Of a teacher with a bias on o_proj.
+    "llamba_biases": lambda: LlambaConfig(
+        **SIZES, num_heads=4, n_groups=4, ssm_state_size=16, use_bias=True
+    ),
     "mambainllama_mamba2": lambda: MambaInLlamaConfig(
         **SIZES, **ATTENTION, **MAMBA2, mamba_version="mamba2", tie_word_embeddings=True
     ),

@@ -53,6 +53,30 @@ def test_student_of_qwen_keeps_its_biases():
     assert config.attention_bias
 
 
+@pytest.mark.parametrize("kind", ["llamba", "mambainllama"])
+def test_biases_of_the_projections_follow_the_teacher_s_output(kind):
+    """Only a Llama with attention_bias has one there; the recipe may say otherwise."""
+    fixed = {"mamba_version": "mamba2"} if kind == "mambainllama" else {}
+
+    def use_bias(teacher, **layout):
+        return student_config(run({"kind": kind, "layout": {**fixed, **layout}}), teacher).use_bias
+
+    biased, plain = LlamaConfig(**SIZES, attention_bias=True), LlamaConfig(**SIZES)
+    assert (use_bias(biased), use_bias(plain)) == (True, False)
+    assert not use_bias(Qwen2Config(**SIZES))  # q, k and v alone, which the convolution holds
+    assert (use_bias(biased, use_bias=False), use_bias(plain, use_bias=True)) == (False, True)
+
+
+def test_mamba1_has_no_biases_of_the_projections():
+    layout = {"ssm_state_size": 4}
+    biased = LlamaConfig(**SIZES, attention_bias=True)
+    assert not student_config(run({"kind": "mambainllama", "layout": layout}), biased).use_bias
+    with pytest.raises(RecipeError, match=r"use_bias: Mamba-1.*mamba_version: mamba2"):
+        student_config(
+            run({"kind": "mambainllama", "layout": {**layout, "use_bias": True}}), biased
+        )
+
+
 def test_student_keeps_the_sliding_window():
     def window(teacher, *kept):
         layout = {"attention_layers": list(kept), "ssm_state_size": 4}

@@ -1,10 +1,14 @@
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from thinkfast_distill.architecture import student_config
 from thinkfast_distill.config import (
     DataConfig,
+    LossConfig,
     RunConfig,
     StageConfig,
     StudentConfig,
@@ -17,6 +21,7 @@ from thinkfast_distill.costs import (
     peak_flops_per_s,
     stage_cost,
 )
+from thinkfast_distill.losses import cross_entropy_loss, distillation_loss
 from thinkfast_distill.recipe import parse
 
 LLAMA_1B = {
@@ -202,6 +207,69 @@ def test_memory_estimate_counts_the_evaluation():
     assert one_row.total - without.total == one_row.evaluation - without.activations
     config.stages[0].micro_batch_rows = None
     assert estimate().evaluation == 2 * one_row.evaluation  # both rows of a rank at once
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes at once of tensors made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak, self._made = 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs or {})) if _is(t)}
+        out = func(*args, **(kwargs or {}))
+        self._made = {key: kept for key, kept in self._made.items() if not kept[0].expired()}
+        for tensor in filter(_is, tree_leaves(out)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given and storage._cdata not in self._made:
+                self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, sum(size for _, size in self._made.values()))
+        return out
+
+
+def _is(value):
+    return isinstance(value, torch.Tensor)
+
+
+SMALL = {**LLAMA_1B, "vocab_size": 4096, "hidden_size": 64, "num_hidden_layers": 1,
+         "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "tensors"),
+    [
+        ("end_to_end", {"kind": "reverse_kl"}, 8),
+        ("end_to_end", {"kind": "forward_kl", "ce_weight": 0.5}, 8),
+        ("end_to_end", {"kind": "jsd"}, 10),
+        ("end_to_end", {"kind": "jsd", "ce_weight": 0.5, "temperature": 2.0}, 11),
+        ("end_to_end", {"kind": "reverse_kl", "temperature": 2.0}, 10),
+        ("sft", {}, 2),
+    ],
+)
+def test_memory_estimate_of_the_loss_is_what_it_takes(kind, loss, tensors):
+    """Four chunks of 64 tokens with a bfloat16 teacher: (chunk, V) tensors and heads alike."""
+    config = run({"kind": "llamba"}, SMALL, kind=kind, seq_len=256, batch_tokens=256)
+    stage = config.stages[0]
+    stage.loss = LossConfig(chunk_tokens=64, **loss)
+    sizes = student_config(config, LlamaConfig(**SMALL))
+    cost = model_cost(LlamaConfig(**SMALL))
+    estimate = memory_estimate(config, stage, sizes, cost, cost, cost.total, 1).logits
+    one = 4 * 4096 * 64  # a chunk's logits, and a head
+    assert estimate == one * (tensors + (1 if kind == "sft" else 2))
+
+    hidden, head = torch.randn(1, 257, 64, requires_grad=True), torch.randn(4096, 64)
+    head.requires_grad_()
+    ids, mask = torch.randint(4096, (1, 257)), torch.ones(1, 256, dtype=torch.bool)
+    options = {"num_targets": 256, "chunk_tokens": 64}
+    taught = (torch.randn(1, 257, 64).bfloat16(), torch.randn(4096, 64).bfloat16())
+    with PeakBytes() as found:
+        if kind == "sft":
+            made = cross_entropy_loss(hidden, head, ids, mask, **options)
+        else:
+            made = distillation_loss(hidden, head, *taught, ids, mask, **options, **loss)
+        made.loss.backward()
+    assert found.peak == pytest.approx(estimate, rel=0.1)  # hidden states are not counted
 
 
 def test_peak_flops_of_a_gpu_goes_by_the_whole_name(monkeypatch):

@@ -166,11 +166,20 @@ def linear_attention(teacher, hidden):
     return attention.o_proj(torch.einsum("hlm,mhd->lhd", scores, v).flatten(1))
 
 
-@pytest.mark.parametrize("qwen2", [False, True])
-def test_qkvo_llamba_is_linear_attention(qwen2):
+LINEAR_ATTENTION = {
+    "llama": ({}, {}),
+    "qwen2": ({"model_type": "qwen2"}, {}),
+    "biases": ({"attention_bias": True}, {"use_bias": True}),
+}
+"""Changes to the teacher and to the student."""
+
+
+@pytest.mark.parametrize("name", sorted(LINEAR_ATTENTION))
+def test_qkvo_llamba_is_linear_attention(name):
     """Where nothing is forgotten and D is 0, the copied mixer is attention without softmax."""
-    teacher = teacher_of(model_type="qwen2" if qwen2 else "llama")
-    student = llamba()
+    of_teacher, of_student = LINEAR_ATTENTION[name]
+    teacher = teacher_of(**of_teacher)
+    student = llamba(**of_student)
     initialise(student, teacher, how="qkvo", seed=3)
     mixer = student.blocks()[0].mixer
     batch = packed([random_documents([20], 2, 61)])
@@ -180,7 +189,8 @@ def test_qkvo_llamba_is_linear_attention(qwen2):
         never_forgets = torch.full((1, 20, 6), -1e-9)
         x, B, C, z, _ = mixer._project(student.blocks()[0].input_layernorm(hidden), _borders(batch))
         y = mixer._ssd(x, never_forgets, B, C, _borders(batch)).flatten(2)
-        found = mixer.out_proj(y * torch.nn.functional.silu(z + mixer.z_bias))[0]
+        z = z if mixer.z_bias is None else z + mixer.z_bias
+        found = mixer.out_proj(y * torch.nn.functional.silu(z))[0]
         expected = linear_attention(teacher, hidden[0])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
@@ -243,6 +253,22 @@ def test_mohawk_llamba_with_projection_biases():
     assert (mixer.in_proj.bias[mixer.rows()["z"]] == OPEN_GATE).all()
 
 
+@pytest.mark.parametrize("kind", ["llamba", "mamba2"])
+def test_qkvo_keeps_all_biases_of_a_llama(kind):
+    """attention_bias: in the rows of the projections, q with the scale of the attention."""
+    teacher = teacher_of(attention_bias=True)
+    student = llamba(use_bias=True) if kind == "llamba" else hybrid("mamba2", use_bias=True)
+    initialise(student, teacher, how="qkvo", seed=1)
+    for block, given in zip(student.blocks(), teacher.model.layers, strict=True):
+        mixer, attention = block.token_mixer, given.self_attn
+        rows, bias = mixer.rows(), mixer.in_proj.bias
+        groups = 6 if kind == "llamba" else 2
+        assert torch.equal(mixer.out_proj.bias, attention.o_proj.bias)
+        assert torch.equal(bias[rows["x"]], expand_heads(attention.v_proj.bias, 8, groups))
+        assert torch.equal(bias[rows["B"]], expand_heads(attention.k_proj.bias, 8, groups))
+        assert torch.equal(bias[rows["C"]], attention.q_proj.bias * 8**-0.5)
+
+
 def test_fresh_recurrence_is_the_published():
     """A, D and step sizes of hybrids, whatever the projections start from."""
     for how in ("random", "mohawk", "qkvo"):
@@ -299,7 +325,10 @@ def test_qwen2_biases_reach_mamba2():
         (lambda: llamba(ssm_state_size=16), {}, "qkvo", "needs a Llamba mixer.*mohawk"),
         (lambda: llamba(n_groups=2), {}, "qkvo", "needs a Llamba mixer"),
         (llamba, {"head_dim": 16}, "qkvo", "needs a Llamba mixer"),
-        (llamba, {"attention_bias": True}, "qkvo", "o_proj.bias has no place"),
+        (llamba, {"attention_bias": True}, "qkvo", "o_proj.bias has no place.*use_bias: true"),
+        (lambda: hybrid("mamba2"), {"attention_bias": True}, "qkvo", "use_bias: true"),
+        (lambda: hybrid("mamba1"), {"attention_bias": True}, "qkvo",
+         "o_proj.bias has no place.*mamba2"),
         (lambda: llamba(use_conv_bias=False), {"model_type": "qwen2"}, "qkvo", "no place"),
         (lambda: hybrid("mamba1"), {"model_type": "qwen2"}, "qkvo", "no place"),
         (lambda: hybrid("mamba2", ssm_state_size=16, mamba_num_heads=3, mamba_n_groups=1), {},

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed.launcher.api import LaunchConfig
 
 from tests.distill import processes
 from tests.distill.tiny_run import run
 from tests.distill.tiny_run import write_recipe as recipe
 from thinkfast_distill import cli
-from thinkfast_distill.checkpoint import read
+from thinkfast_distill.checkpoint import Progress, read
+from thinkfast_distill.distributed import World
 from thinkfast_distill.run_log import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,6 +202,66 @@ def test_card_has_each_stage_s_own_loss(llamba, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| tokens | steps | loss before | loss | baseline | reverse_kl |" in card
     assert "| start |" in card
+
+
+def test_card_without_held_out_data_has_training_losses(teacher, tmp_path):
+    """Of each stage's first and last step up to the checkpoint, and named as what they are."""
+    stages = [("hidden_state", {}), ("end_to_end", {})]
+    path = recipe(tmp_path, teacher, stages=stages, evaluation={"data": None})
+    assert run(path, "--run-dir", tmp_path / "run", "--max-steps", 5) == 0
+    log = tmp_path / "run" / "log.jsonl"
+    trained = [r for r in read_log(log) if r["event"] == "train"]
+    after = {**trained[-1], "stage_step": 3, "step": 6, "loss": 99.0}  # not in the checkpoint
+    log.write_text(log.read_text() + json.dumps(after) + "\n")
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    facts = json.loads((tmp_path / "out" / "thinkfast_export.json").read_text())
+    assert [stage["metrics"] for stage in facts["stages"]] == [
+        {"first training loss": trained[first]["loss"], "last training loss": trained[last]["loss"]}
+        for first, last in ((0, 2), (3, 4))
+    ]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| tokens | steps | first training loss | last training loss |" in card
+    assert "Nothing was measured on held-out text." in card
+    assert "Measured on held-out text." not in card
+
+
+def test_slurm_job_has_time_to_save(monkeypatch):
+    """Between SIGTERM and the time limit; torchrun's own default is 30 s."""
+    text = (ROOT / "distill" / "slurm" / "run.sbatch").read_text()
+    ((name, timeout),) = re.findall(r"^export (TORCH\w+TIMEOUT)=(\d+)$", text, re.M)
+    (lead,) = re.findall(r"--signal=TERM@(\d+)", text)
+    assert 90 <= int(timeout) < int(lead)
+    monkeypatch.setenv(name, timeout)
+    assert LaunchConfig(1, 1, 1).shutdown_timeout == int(timeout)
+
+
+def test_hub_data_without_decontamination_is_named(tmp_path, capsys, monkeypatch):
+    """In the dry run and at the start of a run; trained mixtures only."""
+    path = RECIPES / "llama-3.2-1b-llamba.yaml"
+    mixture = yaml.safe_load(path.read_text())["stages"][0]["data"]
+    note = (
+        f"mixture {mixture}: nothing is decontaminated; name the problems you will evaluate on in "
+        f"data.{mixture}.decontaminate"
+    )
+    named = f"data.{mixture}.decontaminate=[problems.jsonl]"
+
+    class Trainer:
+        def __init__(self, *given, **options):
+            pass
+
+        def train(self):
+            return Progress()
+
+    monkeypatch.setattr("thinkfast_distill.loop.Trainer", Trainer)
+    monkeypatch.setattr("thinkfast_distill.distributed.start", lambda compute: World())
+    start = ("--run-dir", str(tmp_path))
+    for words, is_noted in ((("--dry-run",), True), (start, True), ((named, "--dry-run"), False),
+                            ((named, *start), False), (("--quiet", *start), False)):  # fmt: skip
+        assert cli.main(["run", str(path), *words]) == 0
+        lines = "".join(capsys.readouterr()).splitlines()
+        assert lines.count(note) == is_noted, words
+    assert cli.main(["run", str(RECIPES / "arith-teacher-tiny.yaml"), "--dry-run"]) == 0
+    assert "nothing is decontaminated" not in capsys.readouterr().out
 
 
 def test_commands_in_recipes_and_help_name_files_that_exist(capsys):
