@@ -216,7 +216,8 @@ def register_fork(architectures: tuple[str, ...], attention_free: tuple[str, ...
     """Opens vLLM's prefix cache for our models; see ``docs/design/fork.md``.
 
     Applies the patches below, where this vLLM is new enough and has what they replace. They do
-    nothing without the settings that ``fork.configure`` makes.
+    nothing without the settings that ``fork.configure`` makes, except the last one: it is for the
+    copies of every model, also where forking is switched off.
     """
     if _fork_version_obstacle() is not None:
         return

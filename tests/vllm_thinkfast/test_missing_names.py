@@ -1,4 +1,4 @@
-"""A later vLLM without a name that a patch of every process wraps: one line in the log, no error."""
+"""A later vLLM without a name that a patch in every process wraps: a line in the log, no error."""
 
 import pytest
 
