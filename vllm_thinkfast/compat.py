@@ -216,7 +216,8 @@ def register_fork(architectures: tuple[str, ...], attention_free: tuple[str, ...
     """Opens vLLM's prefix cache for our models; see ``docs/design/fork.md``.
 
     Applies the patches below, where this vLLM is new enough and has what they replace. They do
-    nothing without the settings that ``fork.configure`` makes.
+    nothing without the settings that ``fork.configure`` makes, except the last one: it is for the
+    copies of every model, also where forking is switched off.
     """
     if _fork_version_obstacle() is not None:
         return
@@ -470,7 +471,12 @@ def register_memory_message(architectures: tuple[str, ...]) -> None:
 def _explain_lack_of_memory(architectures: tuple[str, ...]) -> None:
     from vllm.v1.core import kv_cache_utils
 
-    configure = kv_cache_utils.get_kv_cache_configs
+    configure = getattr(kv_cache_utils, "get_kv_cache_configs", None)
+    if configure is None:
+        _log_missing(
+            "get_kv_cache_configs", "the message for too little cache memory is vLLM's own"
+        )
+        return
     if hasattr(configure, "thinkfast_original"):
         return
 
@@ -529,9 +535,16 @@ def _restore_cpu_generators() -> None:
 
     if not current_platform.is_cpu():
         return
-    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker import cpu_model_runner
 
-    sample, bookkeep = CPUModelRunner._sample, CPUModelRunner._bookkeeping_sync
+    runner = getattr(cpu_model_runner, "CPUModelRunner", None)
+    sample, bookkeep = (getattr(runner, n, None) for n in ("_sample", "_bookkeeping_sync"))
+    if sample is None or bookkeep is None:
+        _log_missing(
+            "CPUModelRunner._sample or ._bookkeeping_sync",
+            "a seeded request whose prompt is prefilled in parts may fail",
+        )
+        return
     if hasattr(sample, "thinkfast_original"):
         return
 
@@ -553,8 +566,13 @@ def _restore_cpu_generators() -> None:
             batch.generators = generators
 
     _sample.thinkfast_original = sample  # type: ignore[attr-defined]
-    CPUModelRunner._sample = _sample
-    CPUModelRunner._bookkeeping_sync = _bookkeeping_sync
+    runner._sample = _sample  # type: ignore[union-attr]
+    runner._bookkeeping_sync = _bookkeeping_sync  # type: ignore[union-attr]
+
+
+def _log_missing(name: str, consequence: str) -> None:
+    """For patches that vLLM works without: an error here would stop every model's engine."""
+    logger.warning("This vLLM has no %s, which vllm-thinkfast wraps: %s.", name, consequence)
 
 
 def cache_bytes(kv_cache_config: Any) -> int:

@@ -21,6 +21,8 @@ MATCH_UNIT = 1
 NUM_REMEMBERED_PROMPTS = 8
 """Prompts whose hashes are kept. Samples of one prompt arrive one after another."""
 
+_NO_FORK = "Every sample of a prompt will prefill it for itself: %s."
+
 BlockHasher = Callable[[Any], list[bytes]]
 """vLLM's type: hashes of a request's tokens that it has no hashes of yet."""
 
@@ -34,7 +36,13 @@ def configure(vllm_config: Any, *, is_attention_free: bool, obstacle: str | None
         obstacle: why this vLLM cannot fork; None if it can.
     """
     cache_config = vllm_config.cache_config
-    if not envs.fork() or not cache_config.enable_prefix_caching:
+    if not envs.fork():
+        return
+    if not cache_config.enable_prefix_caching:
+        # vLLM's default for an attention-free model that cannot fork, or the user's choice: which
+        # one, vLLM does not keep. The warning is true of both.
+        if obstacle is not None:
+            logger.warning(_NO_FORK, obstacle)
         return
     if obstacle is None and vllm_config.kv_transfer_config is not None:
         obstacle = "a KV connector is configured"
@@ -43,7 +51,7 @@ def configure(vllm_config: Any, *, is_attention_free: bool, obstacle: str | None
         cache_config.enable_prefix_caching = False
         obstacle = "without chunked prefill there is no prefix caching"
     if obstacle is not None:
-        logger.warning("Every sample of a prompt will prefill it for itself: %s.", obstacle)
+        logger.warning(_NO_FORK, obstacle)
         return
     if cache_config.prefix_match_unit is not None:
         return

