@@ -102,7 +102,7 @@ def test_two_ranks_with_a_sharded_teacher_and_recomputation(llamba, teacher, tmp
 
 
 def test_teacher_that_is_not_finite_on_one_of_two_ranks(teacher, tmp_path):
-    """Both learn of it in the sums, save the finished steps and stop; with its advice they go on."""
+    """Both learn of it in the sums, save the finished steps and stop; its advice works."""
     stages = [("end_to_end", {"tokens": 4 * 256})]
     more = {"evaluation": {}, "checkpoint": {"every_steps": 50}}
     path = recipe(tmp_path, teacher, stages=stages, **more)

@@ -321,7 +321,7 @@ def test_a_source_that_ends_before_its_budget(tmp_path, tokenizer):
 
 
 def test_passes_may_change_but_not_below_those_that_were_made(tmp_path, tokenizer):
-    source = _texts(tmp_path / "a.jsonl", [8] * 10, 10)
+    source = _texts(tmp_path / "a.jsonl", [8] * 40, 10)
 
     def new(epochs, state=None):
         return Loader([source | {"epochs": epochs}], tokenizer, 32, 2, 0, state)
