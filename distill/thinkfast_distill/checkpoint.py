@@ -49,8 +49,14 @@ _PARTIAL = ".partial-"
 FREE_KEYS = (
     *("checkpoint", "logging", "compute", "export", "evaluation", "teacher.placement"),
     *("stages.*.micro_batch_rows", "stages.*.loss.chunk_tokens"),
+    *("teacher.dtype", "data.*.sources.*.epochs"),
 )
-"""Parts of a recipe that may change between the sessions of a run: none alters what is learned."""
+"""Parts of a recipe that may change between the sessions of a run: none alters the objective, the
+schedule or the order of the data, but see ``ROUNDING_KEYS``."""
+
+ROUNDING_KEYS = ("compute.precision", "compute.kernels", "teacher.dtype")
+"""Those of them with which the numbers round otherwise. They are free so that a run can go on
+elsewhere, or after an overflow; a session that differs in them says so and records them."""
 
 
 class CheckpointError(RuntimeError):
@@ -357,6 +363,23 @@ def check_same_recipe(checkpoint: Checkpoint, config: RunConfig) -> None:
         f"{checkpoint.folder}: made by another recipe; differing keys: {', '.join(listed)}{more}. "
         "Choose another --run-dir, or restore these values to continue the run."
     )
+
+
+def rounding(resolved: Mapping[str, Any]) -> dict[str, str]:
+    """The values of ``ROUNDING_KEYS`` that a resolved recipe has."""
+    found = {}
+    for key in ROUNDING_KEYS:
+        part, _, name = key.partition(".")
+        value = (resolved.get(part) or {}).get(name)  # there may be no teacher
+        if value is not None:
+            found[key] = value
+    return found
+
+
+def other_rounding(checkpoint: Checkpoint, config: RunConfig) -> dict[str, tuple[str, str]]:
+    """The ``ROUNDING_KEYS`` in which a recipe differs from the checkpoint's: key -> (then, now)."""
+    then, now = rounding(checkpoint.config), rounding(recipe.to_dict(config))
+    return {key: (then[key], now[key]) for key in then if then[key] != now.get(key, then[key])}
 
 
 def environment() -> dict[str, Any]:

@@ -46,7 +46,8 @@ class TeacherConfig:
     tokenizer files lie elsewhere."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the frozen weights. bfloat16 halves their memory; logits are float32 either way."""
+    """Of the frozen weights. bfloat16 halves their memory; logits are float32 either way. It may
+    differ between the sessions of a run, which then goes on with other rounding."""
 
     sizes: dict[str, Any] | None = None
     """Fields of the teacher's config.json. With them ``--dry-run`` needs no access to the teacher;
@@ -421,7 +422,12 @@ class LoggingConfig:
 
 @dataclass
 class ComputeConfig:
-    """How the run uses the machine; none of it changes the mathematics."""
+    """How the run uses the machine.
+
+    None of it changes what is computed, so all may differ between the sessions of a run;
+    ``precision`` and ``kernels`` change how it is rounded, which a session that differs in them
+    says and records.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: cuda where there is one."""

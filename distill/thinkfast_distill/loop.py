@@ -34,12 +34,15 @@ from thinkfast_distill.checkpoint import (
     Progress,
     check_same_recipe,
     environment,
+    other_rounding,
+    rounding,
 )
 from thinkfast_distill.config import LAYERWISE_STAGES, RunConfig, StageConfig
 from thinkfast_distill.distributed import World
 from thinkfast_distill.evaluation import Evaluation
 from thinkfast_distill.feed import Feed
 from thinkfast_distill.freeze import freeze_table
+from thinkfast_distill.messages import SHOWN, progress_text, rounding_lines, skipped_message
 from thinkfast_distill.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -99,8 +102,10 @@ class Trainer:
         world.barrier()
         self.store = CheckpointStore(run, config.checkpoint.keep, world)
         checkpoint = self.store.latest()
+        self._other_rounding: dict[str, tuple[str, str]] = {}
         if checkpoint is not None:
             check_same_recipe(checkpoint, config)
+            self._other_rounding = other_rounding(checkpoint, config)
         self._lock = _lock(run) if world.is_main else None
         self.progress = Progress() if checkpoint is None else checkpoint.progress
         self._show_progress = show_progress
@@ -128,7 +133,8 @@ class Trainer:
             the progress at the end.
 
         Raises:
-            TrainingError: too many non-finite steps in a row.
+            TrainingError: too many non-finite steps in a row, or a teacher that is not finite (on
+                any rank; all ranks raise, and the finished steps are saved).
             DataError: a source ended before its budget, or is malformed; the state is saved.
             CheckpointError: no room for a checkpoint; the previous one is unchanged.
             Interrupted: SIGTERM or SIGINT; the state is saved.
@@ -264,8 +270,13 @@ class Trainer:
         lr = learning_rate(stage, self.progress.stage_step)
         assert self.optimizer is not None
         optimiser.set_learning_rate(self.optimizer, lr)
-        sums = self._backward(stage, batch, counts["counted"])
+        sums, not_finite = self._backward(stage, batch, counts["counted"])
+        sums["failed"] = float(len(not_finite))
         sums = metrics.sum_over_ranks(sums, self.world)
+        if sums.pop("failed"):
+            self.optimizer.zero_grad(set_to_none=True)
+            self._save()
+            self._stop_at_teacher(not_finite)
         squares = optimiser.squared_norms(self._parameters, self.world)
         norm = math.sqrt(sum(squares.values())) if metrics.is_finite(squares) else math.nan
         reason = _reason_to_skip(norm, sums, counts)
@@ -287,21 +298,40 @@ class Trainer:
         record.update(self._throughput(stage, counts, elapsed))
         self._after_step(stage, batch, record, reason)
 
-    def _backward(self, stage: StageConfig, batch: PackedBatch, counted: float) -> dict[str, float]:
-        """Gradients of the global batch's loss with respect to this rank's rows; sums to log."""
+    def _backward(
+        self, stage: StageConfig, batch: PackedBatch, counted: float
+    ) -> tuple[dict[str, float], list[str]]:
+        """Gradients of the global batch's loss with respect to this rank's rows.
+
+        Returns:
+            sums to log, and this rank's samples for which the teacher is not finite.
+        """
         sums: dict[str, float] = {}
         if counted == 0:
-            return sums  # nothing to learn from on any rank
-        try:
+            return sums, []  # nothing to learn from on any rank
+        with self._noting_not_finite() as not_finite:
             for part in parts.micro_batches(batch, stage.micro_batch_rows):
                 with self._autocast():
                     more = self.stage.backward(part.to(self.world.device), counted)
                 metrics.add_sums(sums, more)
-        except ValueError:  # a teacher that is not finite; alone, the finished steps can be saved
-            if self.world.size == 1:
-                self._save()
-            raise
-        return sums
+        return sums, not_finite
+
+    def _noting_not_finite(self) -> contextlib.AbstractContextManager[list[str]]:
+        if self.teacher is None:
+            return contextlib.nullcontext([])
+        noting: contextlib.AbstractContextManager[list[str]] = self.teacher.noting_not_finite()
+        return noting
+
+    def _stop_at_teacher(self, not_finite: list[str]) -> None:
+        """Stops all ranks if the teacher was not finite on any; all of them call it.
+
+        All give the same message: where the first rank to end ends the others, theirs is lost.
+        """
+        from thinkfast_distill.teacher import not_finite_message
+
+        samples = [sample for one in self.world.gather(not_finite) for sample in one]
+        if samples:
+            raise TrainingError(not_finite_message(samples))
 
     def _next_batch(self, feed: Feed) -> tuple[PackedBatch, dict[str, Any], dict[str, float]]:
         """This rank's rows, the data state after them, and counts over the global batch."""
@@ -385,11 +415,11 @@ class Trainer:
             self.log.write(record)
             self.log.message(f"step {progress.step}: {reason}, step skipped")
             if progress.skipped_in_a_row >= config.compute.max_skipped_steps:
-                raise TrainingError(_skipped_message(progress, reason, record["sample_ids"]))
+                raise TrainingError(skipped_message(progress, reason, record["sample_ids"]))
         elif progress.step % config.logging.every_steps == 0:
             self.log.write(record)
         self.log.progress(
-            _progress_text(stage, progress, record), is_last=progress.stage_step == stage.num_steps
+            progress_text(stage, progress, record), is_last=progress.stage_step == stage.num_steps
         )
         if progress.stage_step % config.evaluation.every_steps == 0:
             self._evaluate(stage)
@@ -411,8 +441,9 @@ class Trainer:
 
     def _evaluate(self, stage: StageConfig) -> None:
         """Measures the student on the held-out batches."""
-        with self._autocast():
+        with self._autocast(), self._noting_not_finite() as not_finite:
             found = self.evaluation.run(stage, self.student, self.stage)
+        self._stop_at_teacher(not_finite)
         if not found:
             return
         name = str(stage.name)
@@ -420,7 +451,7 @@ class Trainer:
             self.progress.first_metrics[name] = found
         self.progress.last_metrics[name] = found
         self.log.write({**self._record("eval", stage), **found})
-        shown = [key for key in _SHOWN if key in found]
+        shown = [key for key in SHOWN if key in found]
         self.log.message(
             f"held out, {name} step {self.progress.stage_step}: "
             + ", ".join(f"{key} {found[key]:.4g}" for key in shown)
@@ -528,11 +559,15 @@ class Trainer:
                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "command": sys.argv,
                 "hardware": _hardware(self.world),
+                "rounding": rounding(recipe.to_dict(config)),
+                "rounding_before": {key: then for key, (then, _) in self._other_rounding.items()},
                 **environment(),
             }
         )
         if self.progress.step:
             log.message(f"continuing after step {self.progress.step}")
+        for line in rounding_lines(self._other_rounding):
+            log.message(line)
         return log
 
     def _peak(self) -> float:
@@ -556,43 +591,6 @@ class Trainer:
                 signal.signal(signum, handler)
 
 
-_SHOWN = (
-    "loss",
-    "reverse_kl",
-    "forward_kl",
-    "cross_entropy",
-    "teacher_cross_entropy",
-    "top1_agreement",
-    "top1_accuracy",
-    "step_balanced_accuracy",
-    "step_f1",
-    "hidden_state_loss",
-    "hidden_state_baseline",
-    "matrix_mixing_loss",
-    "matrix_mixing_baseline",
-)
-
-
-_LIVE = ("loss", "baseline", "top1_agreement", "top1_accuracy")
-
-
-def _progress_text(stage: StageConfig, progress: Progress, record: dict[str, Any]) -> str:
-    done, total = progress.stage_step, stage.num_steps
-    tokens_per_s = record["tokens_per_s"]
-    left_s = (total - done) * stage.batch_tokens / tokens_per_s
-    shown = [f"{key} {record[key]:.4g}" for key in _LIVE if key in record]
-    return " | ".join(
-        [
-            f"{stage.name} {done}/{total}",
-            *shown,
-            f"lr {record['lr']:.2e}",
-            f"{tokens_per_s:,.0f} tok/s",
-            f"MFU {record['mfu']:.1%}",
-            f"{run_log.duration(left_s)} left",
-        ]
-    )
-
-
 def _reason_to_skip(norm: float, sums: dict[str, float], counts: dict[str, float]) -> str | None:
     """Why a step must not update anything; None if it may."""
     if counts["counted"] == 0:
@@ -600,17 +598,6 @@ def _reason_to_skip(norm: float, sums: dict[str, float], counts: dict[str, float
     if not (math.isfinite(norm) and metrics.is_finite(sums)):
         return "loss or gradient not finite"
     return None
-
-
-def _skipped_message(progress: Progress, reason: str, sample_ids: list[list[str]]) -> str:
-    listed = [sample for row in sample_ids for sample in row]
-    more = f" and {len(listed) - 12} more" if len(listed) > 12 else ""
-    return (
-        f"step {progress.step}: {progress.skipped_in_a_row} steps in a row were skipped, the last "
-        f"because: {reason}; samples of the last one: {', '.join(listed[:12])}{more}. The last "
-        "checkpoint is from before; look at these samples, lower the learning rate or raise "
-        "compute.max_skipped_steps."
-    )
 
 
 def _lock(run: Path) -> int:

@@ -15,6 +15,12 @@ from typing import Any, Literal, Union
 
 import yaml
 
+NEW_RUN = (
+    "a new --run-dir that starts from this run's weights (thinkfast-distill export RUN OUT, then "
+    "student.weights=OUT)"
+)
+"""For messages: how to go on with a change that a run folder does not take."""
+
 
 class RecipeError(ValueError):
     """A recipe that cannot be run; the message is one line for the user."""

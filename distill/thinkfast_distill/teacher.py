@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from thinkfast_distill.architecture import attention_window
 from thinkfast_distill.batch import PackedBatch
+from thinkfast_distill.recipe import NEW_RUN
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 """Architectures whose layers are those of Llama up to attention biases and window."""
@@ -53,6 +54,7 @@ class Teacher(nn.Module):
         """The Hugging Face module."""
         # With sdpa no layer builds an (H, L, L) matrix; attention_matrix makes them when asked.
         model.set_attn_implementation("sdpa")
+        self._not_finite: list[str] | None = None  # None: raise
         self.requires_grad_(False)
         self.eval()
 
@@ -129,7 +131,8 @@ class Teacher(nn.Module):
             layer's output is not normalised.
 
         Raises:
-            ValueError: the last layer's output is not finite; the samples are named.
+            ValueError: the last layer's output is not finite; the samples are named. Not inside
+                of ``noting_not_finite``.
         """
         self._gather_root()
         inner = self.model.model
@@ -196,12 +199,30 @@ class Teacher(nn.Module):
         """Hidden states (B, L, D) after the final norm, which the head multiplies.
 
         Raises:
-            ValueError: they are not finite; the samples are named.
+            ValueError: they are not finite; the samples are named. Not inside of
+                ``noting_not_finite``.
         """
         # A queue of one: the layers before the last are dropped as they come.
         _, _, _, last = deque(self.layers(batch), maxlen=1).pop()
         hidden: torch.Tensor = self.model.model.norm(last)
         return hidden
+
+    @contextlib.contextmanager
+    def noting_not_finite(self) -> Iterator[list[str]]:
+        """Inside, samples with hidden states that are not finite are noted instead of raised.
+
+        An exception on one rank would leave the others waiting in the next collective. So the
+        values pass through, and the ranks stop together afterwards.
+
+        Yields:
+            the samples, filled while the teacher runs.
+        """
+        noted: list[str] = []
+        self._not_finite = noted
+        try:
+            yield noted
+        finally:
+            self._not_finite = None
 
     def _gather_root(self) -> None:
         """Gathers embedding, final norm and head of a sharded teacher, once."""
@@ -215,10 +236,19 @@ class Teacher(nn.Module):
             return
         rows = bad.nonzero().flatten().tolist()
         names = [", ".join(batch.sample_ids[r]) if batch.sample_ids else f"row {r}" for r in rows]
-        raise ValueError(
-            f"teacher: hidden states are not finite for samples {'; '.join(names)}; use "
-            "teacher.dtype: float32, or leave these samples out."
-        )
+        if self._not_finite is None:
+            raise ValueError(not_finite_message(names))
+        self._not_finite.extend(names)
+
+
+def not_finite_message(samples: Sequence[str]) -> str:
+    """What to tell the user about samples for which the teacher is not finite."""
+    more = f" and {len(samples) - 12} more" if len(samples) > 12 else ""
+    return (
+        f"teacher: hidden states are not finite for samples {'; '.join(samples[:12])}{more}; use "
+        "teacher.dtype: float32 and the same command continues, or leave these samples out in "
+        f"{NEW_RUN}."
+    )
 
 
 def _check_type(config: PretrainedConfig, where: str) -> None:

@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.distill.tiny_run import run, write_recipe, write_teacher
@@ -14,6 +15,7 @@ from thinkfast_distill.data.arith_tokenizer import build_tokenizer
 from thinkfast_distill.data.order import Permutation
 from thinkfast_distill.distributed import World
 from thinkfast_distill.run_log import read_log
+from thinkfast_distill.status import read_run_config
 
 
 @pytest.fixture
@@ -256,8 +258,48 @@ def test_source_that_ends_before_its_budget(teacher, tmp_path, fails):
     options = ("--run-dir", tmp_path / "run")
     text = fails(path, *options)
     assert "source a ended before its budget of 5000 tokens: 60 documents" in text
-    assert "allow more passes with epochs: N" in text
-    assert saved_step(tmp_path / "run") >= 1
+    assert "raise its epochs (null: any number of passes) and the same command continues" in text
+    step = saved_step(tmp_path / "run")
+    assert 1 <= step < 6
+    # What the message says: with more passes the run goes on, as if it had had them all along.
+    more = "data.train.sources.0.epochs=20"
+    assert run(path, *options, more) == 0
+    assert run(path, "--run-dir", tmp_path / "whole", more) == 0
+    found, whole = (
+        [r["loss"] for r in read_log(tmp_path / name / "log.jsonl") if r["event"] == "train"]
+        for name in ("run", "whole")
+    )
+    assert len(found) == 6
+    assert found == whole
+    one, other = (last_weights(tmp_path / name) for name in ("run", "whole"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def last_weights(folder):
+    store = CheckpointStore(folder, 1, World())
+    config = read_run_config(folder)
+    sizes = parts.student_config(config, parts.teacher_config(config), parts.tokenizer(config), 0)
+    student = parts.build_student(sizes)
+    store.load_student(store.latest(), student)
+    return student.state_dict()
+
+
+def test_fewer_tokens_after_a_source_ended(teacher, tmp_path, fails):
+    """In the run's folder they are refused; the way over an export that the message names works."""
+    data = jsonl(write_lines(tmp_path / "a.jsonl", ["1 + 1 = 2"] * 60))
+    path = text_recipe(tmp_path, teacher, data, checkpoint={})
+    options = ("--run-dir", tmp_path / "run")
+    text = fails(path, *options)
+    assert "(thinkfast-distill export RUN OUT, then student.weights=OUT)" in text
+    fewer = "stages.0.tokens=256"
+    assert "stages.0.tokens (1536 -> 256)" in fails(path, *options, fewer)
+    out = tmp_path / "out"
+    assert cli.main(["export", str(tmp_path / "run"), str(out)]) == 0
+    words = (f"student.weights={out}", fewer, "stages.0.lr=1e-30")
+    assert run(path, "--run-dir", tmp_path / "next", *words) == 0
+    one, other = (last_weights(tmp_path / name) for name in ("run", "next"))
+    assert all(torch.allclose(one[name], other[name], rtol=0, atol=1e-12) for name in one)
 
 
 # -- numbers --------------------------------------------------------------------------------------

@@ -230,6 +230,35 @@ def test_checkpoint_of_another_recipe_names_the_keys(tmp_path):
     assert train(tmp_path / "r.yaml", tmp_path / "run", max_steps=2, **free).step == 2
 
 
+def test_other_rounding_is_said_and_recorded(tmp_path, capsys):
+    recipe = stand_ins.write_recipe(tmp_path / "r.yaml")
+
+    def session(steps, *overrides):
+        words = ["run", recipe, "--run-dir", tmp_path / "run", "--max-steps", steps, *overrides]
+        assert cli.main(list(map(str, words))) == 0
+        record = [r for r in read_log(tmp_path / "run/log.jsonl") if r["event"] == "session"][-1]
+        shown = capsys.readouterr().err.splitlines()
+        return [line for line in shown if "rounding" in line], record
+
+    shown, record = session(1)
+    assert shown == []
+    assert record["rounding"] == {
+        "compute.precision": "float32",
+        "compute.kernels": "reference",
+        "teacher.dtype": "float32",
+    }
+    assert record["rounding_before"] == {}
+    shown, record = session(2, "compute.precision=bfloat16", "teacher.dtype=bfloat16")
+    assert shown == [
+        f"{key}: float32 before, bfloat16 now; the curve goes on with other rounding"
+        for key in ("compute.precision", "teacher.dtype")
+    ]
+    assert record["rounding_before"] == {"compute.precision": "float32", "teacher.dtype": "float32"}
+    assert record["rounding"]["compute.precision"] == "bfloat16"
+    shown, record = session(3, "compute.precision=bfloat16", "teacher.dtype=bfloat16")
+    assert (shown, record["rounding_before"]) == ([], {})
+
+
 def test_data_that_ends_early_saves_and_says_so(tmp_path):
     data = {"text": {"sources": [{"kind": "arith", "num": 3}]}}
     with pytest.raises(ValueError, match=r"data.jsonl: ends after 3 batches"):

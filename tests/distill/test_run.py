@@ -1,5 +1,6 @@
 """Whole runs with the real parts: stages, progressive replacement, ranks, export, messages."""
 
+import functools
 import json
 import os
 import re
@@ -11,11 +12,11 @@ import pytest
 import yaml
 from torch.distributed.launcher.api import LaunchConfig
 
-from tests.distill import processes
+from tests.distill import processes, stand_ins
 from tests.distill.tiny_run import run
 from tests.distill.tiny_run import write_recipe as recipe
 from thinkfast_distill import cli
-from thinkfast_distill.checkpoint import Progress, read
+from thinkfast_distill.checkpoint import CheckpointStore, Progress, read
 from thinkfast_distill.distributed import World
 from thinkfast_distill.run_log import read_log
 
@@ -99,6 +100,27 @@ def test_two_ranks_with_a_sharded_teacher_and_recomputation(llamba, teacher, tmp
     found = two_ranks(tmp_path, path, "teacher.placement=shard")
     expected = curve(llamba / "run")
     assert list(found.values()) == pytest.approx(list(expected.values()), rel=2e-4)
+
+
+def test_teacher_that_is_not_finite_on_one_of_two_ranks(teacher, tmp_path):
+    """Both learn of it in the sums, save the finished steps and stop; its advice works."""
+    stages = [("end_to_end", {"tokens": 4 * 256})]
+    more = {"evaluation": {}, "checkpoint": {"every_steps": 50}}
+    path = recipe(tmp_path, teacher, stages=stages, **more)
+    words = ("run", path, "--run-dir", tmp_path / "run", "--quiet")
+    start = functools.partial(
+        processes.start, stand_ins.main_with_broken_teacher, ranks=2, folder=tmp_path, timeout_s=120
+    )
+    stopped = start(*words, "teacher.dtype=bfloat16")
+    assert 2 in stopped.returncodes  # the other may have been ended before its exit
+    (line,) = set(stopped.stderr.splitlines())
+    assert line.startswith("thinkfast-distill run: teacher: hidden states are not finite for")
+    assert "use teacher.dtype: float32 and the same command continues" in line
+    saved = CheckpointStore(tmp_path / "run", 1, World()).latest()
+    assert (saved.progress.step, saved.environment["num_ranks"]) == (2, 2)
+    assert start(*words).returncode == 0
+    steps = [r["step"] for r in read_log(tmp_path / "run/log.jsonl") if r["event"] == "train"]
+    assert steps == [1, 2, 3, 4]
 
 
 def test_two_replicas_give_the_same_curve(llamba, teacher, tmp_path):

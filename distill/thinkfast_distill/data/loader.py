@@ -23,6 +23,7 @@ from thinkfast_distill.data.mixing import Mixture, Piece
 from thinkfast_distill.data.packing import Packer
 from thinkfast_distill.data.source_config import LossOn, SourceConfig, source_config
 from thinkfast_distill.data.sources import open_source
+from thinkfast_distill.recipe import NEW_RUN
 
 STATE_VERSION = 1
 
@@ -90,15 +91,21 @@ class Loader:
         )
         self._packer = Packer(batch_rows_global, seq_len)
         self._step = 0
-        settings = [
-            [{**config.settings(), "label": config.label} for config in self._configs],
+        others = [
             [seq_len, batch_rows_global, seed, self._loss_on, max_document_tokens],
             [self._formatter.fingerprint, self._formatter.template_fingerprint],
             None if self._decontaminator is None else self._decontaminator.fingerprint,
         ]
-        text = json.dumps(settings, sort_keys=True)
-        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
-        """A hash of everything that decides the batches."""
+        # Passes decide when a source ends, not what comes before its end, so a run may go on with
+        # more of them. They count as 1, the default, so that most older states still compare equal.
+        sources_read = [
+            {**config.settings(), "label": config.label, "epochs": 1} for config in self._configs
+        ]
+        self.fingerprint = _hash([sources_read, *others])
+        """A hash of everything that decides the batches, as long as no source ends."""
+        with_epochs = [{**config.settings(), "label": config.label} for config in self._configs]
+        # Earlier versions saved this one.
+        self._fingerprints = (self.fingerprint, _hash([with_epochs, *others]))
         if state is not None:
             self.load_state(state)
 
@@ -125,7 +132,8 @@ class Loader:
             used = sum(state.tokens for state in self._mixture.states)
             raise DataError(
                 f"the token budgets of all sources ({used} tokens) are used after {self._step} "
-                "batches; raise tokens of the sources, or lower those of the stage"
+                "batches; raise tokens of the sources, or lower those of the stage, in "
+                f"{NEW_RUN}"
             )
         self._step += 1
         return self._batch(rows[rank::world_size])
@@ -179,7 +187,7 @@ class Loader:
         """
         if state.get("version") != STATE_VERSION:
             raise DataError(f"data state: version {state.get('version')}, need {STATE_VERSION}")
-        if state["fingerprint"] != self.fingerprint:
+        if state["fingerprint"] not in self._fingerprints:
             raise DataError(
                 "data state: it was saved with other sources, seed, tokenizer, chat template, "
                 "seq_len or batch rows; continue with the same, or start a new run folder"
@@ -209,3 +217,8 @@ class Loader:
             if known is None
             else {"problems": known.num_problems, "fingerprint": known.fingerprint},
         }
+
+
+def _hash(settings: Any) -> str:
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

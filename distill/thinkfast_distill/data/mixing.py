@@ -14,6 +14,7 @@ from thinkfast_distill.data.decontaminate import Decontaminator
 from thinkfast_distill.data.errors import DataError
 from thinkfast_distill.data.source_config import SourceConfig
 from thinkfast_distill.data.sources import Document, Source
+from thinkfast_distill.recipe import NEW_RUN
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,8 @@ class Mixture:
             wanted = "the run" if config.tokens is None else f"its budget of {config.tokens} tokens"
             raise DataError(
                 f"source {config.label} ended before {wanted}: {used} in {state.epoch} pass(es); "
-                "ask for fewer tokens, or allow more passes with epochs: N (null: any number)"
+                "raise its epochs (null: any number of passes) and the same command continues; "
+                f"fewer tokens need {NEW_RUN}"
             )
 
     def _reason_to_drop(self, document: Document) -> str | None:
@@ -209,7 +211,8 @@ class Mixture:
         """Continues from `state`.
 
         Raises:
-            DataError: a source does not hold what it held then, so its order would be another.
+            DataError: a source does not hold what it held then, so its order would be another, or
+                it has been read more often than ``epochs`` now allows.
         """
         for one, source in zip(saved, self._sources, strict=True):
             # Not there if an earlier version saved the state.
@@ -226,5 +229,10 @@ class Mixture:
             SourceState(**{key: value for key, value in one.items() if key not in not_progress})
             for one in saved
         ]
-        for state in self.states:
+        for config, state in zip(self._configs, self.states, strict=True):
             state.dropped = dict(state.dropped)
+            if config.epochs is not None and state.epoch >= config.epochs:
+                raise DataError(
+                    f"source {config.label}: epochs: {config.epochs}, but the run is in pass "
+                    f"{state.epoch + 1} over it; give at least {state.epoch + 1}, or null"
+                )

@@ -37,7 +37,7 @@ class SourceConfig:
 
     epochs: int | None = 1
     """Most passes over the documents; null: any number. A source that ends before its budget stops
-    the run with an error."""
+    the run with an error; with more passes the same run goes on."""
 
     loss_on: LossOn | None = None
     """Which tokens are targets; null: as the mixture says. Raw text counts whole either way."""

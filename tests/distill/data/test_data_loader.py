@@ -320,6 +320,29 @@ def test_a_source_that_ends_before_its_budget(tmp_path, tokenizer):
         loader.next()
 
 
+def test_passes_may_change_but_not_below_those_that_were_made(tmp_path, tokenizer):
+    source = _texts(tmp_path / "a.jsonl", [8] * 40, 10)
+
+    def new(epochs, state=None):
+        return Loader([source | {"epochs": epochs}], tokenizer, 32, 2, 0, state)
+
+    loader = new(3)
+    while loader.state()["sources"][0]["epoch"] < 1:
+        loader.next()
+    state = loader.state()
+    expected = loader.next()
+    for epochs in (2, 3, 9, None):
+        assert _equal(new(epochs, state).next(), expected), epochs
+    with pytest.raises(DataError, match=r"a: epochs: 1, but the run is in pass 2 .* at least 2"):
+        new(1, state)
+    # States of earlier versions counted the passes.
+    earlier = {**state, "fingerprint": new(3)._fingerprints[1]}
+    assert earlier["fingerprint"] != state["fingerprint"]
+    assert _equal(new(3, earlier).next(), expected)
+    # Of a source with the default, that is the hash of today.
+    assert len(set(new(1)._fingerprints)) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
