@@ -81,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     size.add_argument("--num-tokens", type=int, default=4096, help="length of the sequence")
     size.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks")
+    size.add_argument(
+        "--memory-gib", type=float, help="of cache on each rank: also say how many sequences fit"
+    )
     size.add_argument("--json", action="store_true", help="machine-readable output")
     size.set_defaults(run=_state_size)
     return parser
@@ -129,6 +132,9 @@ def _state_size(options: argparse.Namespace) -> int:
         if getattr(options, name) < 1:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} {getattr(options, name)}: must be at least 1")
+    memory = options.memory_gib
+    if memory is not None and not 0 < memory < float("inf"):
+        raise ValueError(f"--memory-gib {memory}: must be a number above 0")
     size = bytes_per_sequence(
         read_config(options.folder),
         dtype=getattr(torch, options.dtype),
@@ -136,14 +142,22 @@ def _state_size(options: argparse.Namespace) -> int:
         tp_size=options.tensor_parallel_size,
     )
     total = size.total(options.num_tokens)
+    fitting = None
+    if memory is not None:
+        fitting = size.max_sequences(int(memory * 2**30), options.num_tokens)
     if options.json:
         fields = {**size.__dict__, "num_tokens": options.num_tokens, "total_bytes": total}
+        if fitting is not None:
+            fields["max_sequences"] = fitting
         print(json.dumps(fields, indent=2))
         return 0
     print(f"convolution state    {size.conv_bytes / 2**20:10.3f} MiB per sequence")
     print(f"SSM state            {size.ssm_bytes / 2**20:10.3f} MiB per sequence")
     print(f"keys and values      {size.kv_bytes_per_token / 2**10:10.3f} KiB per token")
     print(f"{options.num_tokens} tokens in all {total / 2**20:14.3f} MiB")
+    if fitting is not None:
+        bound = " at most, before vLLM's padding" if size.kv_bytes_per_token else ""
+        print(f"{memory:g} GiB of cache: {fitting} sequences decode at once{bound}")
     return 0
 
 

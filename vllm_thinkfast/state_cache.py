@@ -148,6 +148,21 @@ class BytesPerSequence:
         """Bytes of a sequence of ``num_tokens`` tokens."""
         return self.conv_bytes + self.ssm_bytes + num_tokens * self.kv_bytes_per_token
 
+    def max_sequences(self, memory_bytes: int, num_tokens: int) -> int:
+        """Sequences that ``memory_bytes`` of cache let decode at once.
+
+        For models without attention what vLLM reaches; for hybrids, whose states it pads to the
+        page of an attention block, an upper bound.
+
+        Args:
+            memory_bytes: of the cache.
+            num_tokens: of each sequence.
+        """
+        # vLLM keeps one block for itself. Another is the second state of the sequence that ends
+        # its prompt: the prefix cache keeps the first.
+        spare = 2 * (self.conv_bytes + self.ssm_bytes)
+        return max(0, (memory_bytes - spare) // self.total(num_tokens))
+
 
 def bytes_per_sequence(
     config: Config,

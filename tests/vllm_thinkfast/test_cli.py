@@ -505,6 +505,24 @@ def test_state_size_int8(fmt: str, tmp_path: Path, capsys: pytest.CaptureFixture
     assert found["ssm_bytes"] == elements + elements // N * 4
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_state_size_in_memory(fmt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One state per sequence, and two to spare: vLLM's null block and one that moves on."""
+    folder = write_checkpoint(tmp_path / "source", fmt)
+    flags = ("--num-tokens", "64", "--memory-gib", "0.001")
+    assert thinkfast("state-size", folder, "--json", *flags) == 0
+    found = json.loads(capsys.readouterr().out)
+    state = found["conv_bytes"] + found["ssm_bytes"]
+    expected = (int(0.001 * 2**30) - 2 * state) // (state + 64 * found["kv_bytes_per_token"])
+    assert found["max_sequences"] == expected > 0
+    assert thinkfast("state-size", folder, *flags) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith(f"0.001 GiB of cache: {expected} sequences decode at once")
+    assert line.endswith("padding") == (fmt != "llamba")
+    assert thinkfast("state-size", folder, "--memory-gib", "1e-9") == 0
+    assert "1e-09 GiB of cache: 0 sequences" in capsys.readouterr().out
+
+
 def test_state_size_of_a_converted_folder(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -532,6 +550,8 @@ def test_state_size_without_weights(source: Path, capsys: pytest.CaptureFixture[
         (("--num-tokens", "0"), "--num-tokens 0: must be at least 1"),
         (("--tensor-parallel-size", "-2"), "--tensor-parallel-size -2: must be at least 1"),
         (("--tensor-parallel-size", "3"), "tensor_parallel_size=3 does not divide"),
+        (("--memory-gib", "0"), "--memory-gib 0.0: must be a number above 0"),
+        (("--memory-gib", "nan"), "--memory-gib nan: must be a number above 0"),
     ],
 )
 def test_state_size_refuses(

@@ -158,8 +158,8 @@ def render(summary: dict[str, Any], settings: Settings) -> Iterator[str]:
 
 
 def _model_table(models: Sequence[dict[str, Any]]) -> Iterator[str]:
-    lengths = next((list(m["max_concurrency"]) for m in models if _is_ok(m)), [])
-    heads = [f"at once ({length})" for length in lengths]
+    lengths = next((list(m["largest_batch"]) for m in models if _is_ok(m)), [])
+    heads = [f"batch, decoding ({length})" for length in lengths]
     rows = [["model", "parameters", "state/seq", "KV/token", "prefix cache", *heads]]
     for model in models:
         if not _is_ok(model):
@@ -174,7 +174,7 @@ def _model_table(models: Sequence[dict[str, Any]]) -> Iterator[str]:
                 f"{cost['state_bytes'] / 2**20:.2f} MiB" if cost else "unknown",
                 f"{cost['kv_bytes_per_token'] / 2**10:.2f} KiB" if cost else "unknown",
                 "on" if model["prefix_caching"] else "off",
-                *(f"{model['max_concurrency'][length]:.1f}" for length in lengths),
+                *(f"{model['largest_batch'][n]}, {model['max_decoding'][n]}" for n in lengths),
             ]
         )
     yield from _columns(rows)

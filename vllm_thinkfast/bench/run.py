@@ -142,8 +142,9 @@ class Run:
         lengths = self._lengths()
         return f"facts-{fingerprint([self._base, self._identities[model.name], lengths])}"
 
-    def _lengths(self) -> list[int]:
-        return sorted({cell.length for cell in self.settings.cells})
+    def _lengths(self) -> list[tuple[int, int]]:
+        cells = self.settings.cells
+        return sorted({(cell.num_prompt_tokens, cell.num_tokens) for cell in cells})
 
     def _machine(self, round_number: int) -> dict[str, Any]:
         key = f"machine-{fingerprint([self._base, round_number])}"
@@ -214,7 +215,7 @@ class Run:
             return cell.batch
         facts = self.results.get(self._facts_key(model))
         assert facts is not None
-        fitting = int(facts["max_concurrency"][str(cell.length)])
+        fitting = int(facts["largest_batch"][f"{cell.num_prompt_tokens}+{cell.num_tokens}"])
         return max(1, min(fitting, self.settings.max_num_seqs))
 
     def _failure(self, model: Model, cell: Cell) -> str | None:

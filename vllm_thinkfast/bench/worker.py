@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_thinkfast import compat
+from vllm_thinkfast.bench import capacity
 from vllm_thinkfast.bench.serve import OnProgress, peak_memory_bytes, reset_peak_memory, serve
 
 _WARM_UP_PROMPT_TOKENS = 8
@@ -53,11 +54,11 @@ class Engine:
         """Bytes of one cache block, all layers that share it."""
         return compat.cache_bytes(self._cache) / float(self._cache.num_blocks)
 
-    def describe(self, lengths: Sequence[int]) -> dict[str, Any]:
+    def describe(self, lengths: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """What the parent needs to know of the engine.
 
         Args:
-            lengths: for which the maximum concurrency is computed.
+            lengths: tokens of prompt and generated ones, for which the capacity is computed.
         """
         hf_config = self.config.model_config.hf_config
         count, embedding = count_parameters(hf_config)
@@ -66,24 +67,32 @@ class Engine:
             "start_s": self.start_s,
             "num_parameters": count,
             "architecture": self.config.model_config.architecture,
-            "max_concurrency": {str(n): self.max_concurrency(n) for n in lengths},
+            "max_decoding": {f"{P}+{T}": self.max_decoding(P, T) for P, T in lengths},
+            "largest_batch": {f"{P}+{T}": self.largest_batch(P, T) for P, T in lengths},
             "cache_bytes": compat.cache_bytes(self._cache),
             "num_blocks": self._cache.num_blocks,
             "prefix_caching": bool(self.config.cache_config.enable_prefix_caching),
             "step_cost": self._step_cost(count, embedding) if count and is_plain else None,
         }
 
-    def max_concurrency(self, length: int) -> float:
-        """Sequences of ``length`` tokens that the cache holds, by vLLM's own computation."""
-        from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+    def max_decoding(self, num_prompt_tokens: int, num_tokens: int) -> int:
+        """Sequences of such lengths that the cache lets decode at once."""
+        sequence = capacity.blocks_per_sequence(
+            self.config, self._cache, num_prompt_tokens, num_tokens
+        )
+        return capacity.max_decoding(sequence, self._cache.num_blocks)
 
-        model_config = self.config.model_config
-        kept = model_config.max_model_len
-        model_config.max_model_len = length
-        try:
-            return float(get_max_concurrency_for_kv_cache_config(self.config, self._cache))
-        finally:
-            model_config.max_model_len = kept
+    def largest_batch(self, num_prompt_tokens: int, num_tokens: int) -> int:
+        """Sequences of such lengths that may be submitted at once and are never preempted."""
+        sequence = capacity.blocks_per_sequence(
+            self.config, self._cache, num_prompt_tokens, num_tokens
+        )
+        return capacity.largest_batch(
+            sequence,
+            self._cache.num_blocks,
+            num_prompt_tokens,
+            self.scheduler.max_num_scheduled_tokens,
+        )
 
     def _step_cost(self, num_parameters: int, embedding: int) -> dict[str, Any]:
         from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
@@ -153,6 +162,7 @@ class Engine:
             "prefill_tokens_per_s": num_inputs / prefill_s,
             "num_preempted": self.watch.num_preempted,
             "most_running": self.watch.most_running,
+            "most_decoding": max(step.num_tokens for step in steps),
             "peak_cache_bytes": self.watch.most_blocks * self.block_bytes,
             "peak_memory_bytes": peak_memory_bytes(),
             "load_average": os.getloadavg()[0],

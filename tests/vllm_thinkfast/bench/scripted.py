@@ -91,7 +91,8 @@ class _Scripted:
                 raise WorkerError("no memory")
             return {
                 "num_parameters": 1000,
-                "max_concurrency": {str(length): 6.9 for length in arguments["lengths"]},
+                "max_decoding": {f"{P}+{T}": 9 for P, T in arguments["lengths"]},
+                "largest_batch": {f"{P}+{T}": 6 for P, T in arguments["lengths"]},
                 "step_cost": COST,
                 "prefix_caching": True,
             }

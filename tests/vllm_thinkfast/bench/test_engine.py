@@ -1,5 +1,6 @@
 """The bench's engine, and memory: what ``state-size`` says is what the engine allocates."""
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from vllm_thinkfast.state_cache import BytesPerSequence, bytes_per_sequence
 pytestmark = pytest.mark.engine
 
 CACHE_BYTES = 2 * 2**20
-LENGTHS = (24, 64)
+LENGTHS = ((12, 12), (32, 32))
 NUM_PROMPT_TOKENS, NUM_TOKENS = 12, 12
 
 
@@ -120,26 +121,43 @@ def test_warm_up_leaves_no_trace(engine: worker.Engine) -> None:
     assert not engine.engine.has_unfinished_requests()
 
 
-def test_largest_batch(engine: worker.Engine) -> None:
-    """vLLM's maximum concurrency is right: that many run together, and not many more."""
-    computed = engine.max_concurrency(NUM_PROMPT_TOKENS + NUM_TOKENS)
-    found = engine.measure("separate", int(computed), NUM_PROMPT_TOKENS, NUM_TOKENS, seed=0)
-    assert found["most_running"] == int(computed)
+@pytest.mark.parametrize("at_once", [True, False])
+def test_largest_batch(
+    engine: worker.Engine, at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That many run together and are never preempted; 5% more do not.
+
+    Prompts that all end in one step, and prompts that the token budget lets end a few at a time.
+    """
+    num_tokens = 40
+    if not at_once:
+        budget = engine.max_decoding(NUM_PROMPT_TOKENS, num_tokens) + 4 * NUM_PROMPT_TOKENS
+        monkeypatch.setattr(engine.scheduler, "max_num_scheduled_tokens", budget)
+    computed = engine.largest_batch(NUM_PROMPT_TOKENS, num_tokens)
+    found = engine.measure("separate", computed, NUM_PROMPT_TOKENS, num_tokens, seed=0)
     assert found["num_preempted"] == 0
-    more = 2 * int(computed) + 2
-    found = engine.measure("separate", more, NUM_PROMPT_TOKENS, NUM_TOKENS, seed=0)
+    assert found["most_running"] == found["most_decoding"] == computed
+    more = math.ceil(1.05 * computed) + 1
+    found = engine.measure("separate", more, NUM_PROMPT_TOKENS, num_tokens, seed=0)
     assert found["num_preempted"] or found["most_running"] < more
     assert found["num_decode_steps"] == 0
 
 
-def test_concurrency_follows_from_state_size(
-    engine: worker.Engine, folder: Path, stated: BytesPerSequence
-) -> None:
-    """Two states per sequence: the prefix cache's copy, and the one that goes on."""
+def test_most_that_decode_at_once(engine: worker.Engine) -> None:
+    """However many come: one block of states for each, not vLLM's two."""
+    num_tokens = 40
+    computed = engine.max_decoding(NUM_PROMPT_TOKENS, num_tokens)
+    many = math.ceil(1.5 * computed)
+    found = engine.measure("separate", many, NUM_PROMPT_TOKENS, num_tokens, seed=0)
+    assert found["most_decoding"] == pytest.approx(computed, rel=0.05, abs=1)
+
+
+def test_capacity_follows_from_state_size(engine: worker.Engine, stated: BytesPerSequence) -> None:
+    """Memory divided by what ``state-size`` says: one state per sequence."""
     if stated.kv_bytes_per_token:
         pytest.skip("vLLM pads the states of hybrids to its attention pages")
-    computed = engine.max_concurrency(NUM_PROMPT_TOKENS + NUM_TOKENS)
-    assert computed == pytest.approx(CACHE_BYTES / (2 * stated.total(0)), rel=0.05)
+    computed = engine.max_decoding(NUM_PROMPT_TOKENS, NUM_TOKENS)
+    assert computed == stated.max_sequences(CACHE_BYTES, NUM_PROMPT_TOKENS + NUM_TOKENS)
 
 
 def test_impossible_memory(engine: worker.Engine, folder: Path, stated: BytesPerSequence) -> None:

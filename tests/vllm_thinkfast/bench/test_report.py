@@ -12,7 +12,8 @@ from vllm_thinkfast.bench.run import Measured
 
 FACTS = {
     "num_parameters": 1000,
-    "max_concurrency": {"12": 6.5},
+    "max_decoding": {"8+4": 9},
+    "largest_batch": {"8+4": 6},
     "step_cost": COST,
     "prefix_caching": True,
 }
