@@ -6,6 +6,7 @@ whose state stays in the prefix cache while the sequence goes on with a copy, an
 enters a new block. Sequences that do so in different steps take turns with the second one.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,25 +82,37 @@ def largest_batch(
     usable = num_blocks - 1
 
     def fits(batch: int) -> bool:
-        per_prompt = max(1, num_prompt_tokens - 1)
-        first = min(batch, budget // per_prompt + 1)
-        # Those that decode already take a token of the budget each. One more prompt may be a
-        # remainder of the step before.
-        last = min(first, max(0, budget - batch) // per_prompt + 1) if first < batch else first
-        at_end = max(
-            first * (sequence.held + sequence.moving),
-            batch * sequence.held + last * sequence.moving,
-        )
-        if not sequence.crosses:
-            return at_end <= usable
-        # The first ones enter their last block before the others do: one more block of keys and
-        # values for them, if there are any.
-        grown = min(1, sequence.held - sequence.moving)
-        entering = batch * (sequence.held - grown) + first * (sequence.moving + grown)
-        return max(at_end, entering) <= usable
+        steps = list(_ends_of_prompts(batch, num_prompt_tokens, budget))
+        peaks = [begun * sequence.held + ending * sequence.moving for begun, ending in steps]
+        if sequence.crosses:
+            # The first ones enter their last block before the others do: one more block of keys
+            # and values for them, if there are any.
+            grown = min(1, sequence.held - sequence.moving)
+            together = max(ending for _, ending in steps)
+            peaks.append(batch * (sequence.held - grown) + together * (sequence.moving + grown))
+        return max(peaks) <= usable
 
     least, most = 0, usable // sequence.held
     while least < most:
         middle = (least + most + 1) // 2
         least, most = (middle, most) if fits(middle) else (least, middle - 1)
     return least
+
+
+def _ends_of_prompts(batch: int, num_prompt_tokens: int, budget: int) -> Iterator[tuple[int, int]]:
+    """For each step of the prefill: sequences begun before it, and prompts that end in it.
+
+    The prompt's last token is a step of its own. Sequences that got there take a token of the
+    budget each, and prompts fill what they leave.
+    """
+    per_prompt = max(1, num_prompt_tokens - 1)
+    ended = computed = 0
+    while ended < batch:
+        ready = computed // per_prompt
+        yield -(-computed // per_prompt), ready - ended
+        ended = ready
+        left = budget - ended
+        if left < per_prompt:
+            yield batch, 1
+            return
+        computed = min(batch * per_prompt, computed + left)
