@@ -11,9 +11,10 @@ latency: one problem owns the server. All its samples are submitted at once; the
 With early stops (saturated only) `lm_eval_tasks.sampling.waves` says what is drawn next.
 """
 
+import io
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import nullcontext, suppress
+from contextlib import redirect_stderr, suppress
 from typing import Any, TextIO
 
 from lm_eval_tasks.errors import InputError, stop
@@ -160,11 +161,16 @@ class _Session:
                 self._one_problem_at_a_time(requests)
             else:
                 self._saturated(requests)
-        except (BackendError, KeyboardInterrupt, InputError) as error:
+        except InputError:
+            # Samples cannot be judged, or the disk is full: then the facts may not fit either, and
+            # that was said.
+            with suppress(InputError), redirect_stderr(io.StringIO()):
+                self._end()
+            raise
+        except (BackendError, KeyboardInterrupt) as error:
             # These facts belong to the samples stored so far.
-            with suppress(InputError) if isinstance(error, InputError) else nullcontext():
-                self._end()  # after a full disk they may not fit either
-            if not isinstance(error, BackendError):
+            self._end()
+            if isinstance(error, KeyboardInterrupt):
                 raise
             stop(
                 f"{error}; {self.progress.samples} are stored, the same command goes on from there"

@@ -266,12 +266,15 @@ def test_judging_that_fails_loses_nothing(
     assert content(tmp_path) == expected(10, 32)
 
 
-def test_disk_full_while_judging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_full_while_judging(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     write = jsonl.os.write
     written: list[int] = []
 
     def short_of_space(descriptor: int, data: bytes) -> int:
-        if b'"answer"' in data:
+        is_facts = data.startswith(b'{"session"')
+        if b'"answer"' in data or (is_facts and len(written) > 20):
             written.append(len(data))
             if len(written) > 20:
                 raise OSError(28, "No space left on device")
@@ -281,6 +284,7 @@ def test_disk_full_while_judging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match=r"verdicts.jsonl: cannot be written \(No space left"):
         draw_stopping(tmp_path, AnsweringBackend(), stream=io.StringIO())
     monkeypatch.undo()
+    assert capsys.readouterr().err.count("error:") == 1, "not one for each file"
     draw_stopping(tmp_path, AnsweringBackend())
     assert content(tmp_path) == expected(10, 32)
 
