@@ -109,7 +109,7 @@ def test_teacher_that_is_not_finite_on_one_of_two_ranks(teacher, tmp_path):
     path = recipe(tmp_path, teacher, stages=stages, **more)
     words = ("run", path, "--run-dir", tmp_path / "run", "--quiet")
     start = functools.partial(
-        processes.start, stand_ins.main_with_broken_teacher, ranks=2, folder=tmp_path, timeout_s=120
+        processes.start, stand_ins.main_with_broken_teacher, ranks=2, folder=tmp_path
     )
     stopped = start(*words, "teacher.dtype=bfloat16")
     assert 2 in stopped.returncodes  # the other may have been ended before its exit
