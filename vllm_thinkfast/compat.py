@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.metadata
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -584,6 +585,19 @@ def cache_bytes(kv_cache_config: Any) -> int:
     tensors = kv_cache_config.kv_cache_tensors
     sizes = [int(tensor.size) for tensor in tensors]
     return max(sizes) if hasattr(tensors[0], "layer_stride") else sum(sizes)
+
+
+def state_bytes(spec: Any) -> int:
+    """Bytes of the states of a layer's ``MambaSpec`` in one block, without padding."""
+    pairs = zip(spec.shapes, spec.dtypes, strict=True)
+    return sum(math.prod(shape) * int(dtype.itemsize) for shape, dtype in pairs)
+
+
+def kv_bytes(spec: Any) -> int:
+    """Bytes of the keys and values of a layer's ``AttentionSpec`` in one block, without padding."""
+    # The first name since vLLM 0.28, which kept the second as an alias.
+    name = "unpadded_page_size_bytes"
+    return int(getattr(spec, name if hasattr(spec, name) else "real_page_size_bytes"))
 
 
 def add_splitting_op(compilation_config: Any, op: str) -> None:

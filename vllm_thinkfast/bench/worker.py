@@ -109,11 +109,11 @@ class Engine:
         return {
             "weight_bytes": elements * model_config.dtype.itemsize,
             "weight_elements": elements,
-            "state_bytes": sum(spec.state_content_size_bytes for spec in states),
+            "state_bytes": sum(map(compat.state_bytes, states)),
             # The convolution's state comes first in every model of vLLM; scales of ours are last.
             "state_elements": sum(math.prod(spec.shapes[:2][-1]) for spec in states),
             "kv_bytes_per_token": sum(
-                spec.unpadded_page_size_bytes // spec.block_size for spec in attention
+                compat.kv_bytes(spec) // spec.block_size for spec in attention
             ),
             "attention_flops_per_token": sum(
                 4 * query_heads * spec.head_size for spec in attention

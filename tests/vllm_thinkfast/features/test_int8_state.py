@@ -19,7 +19,7 @@ from tests.vllm_thinkfast.models.engines import (
     random_prompts,
     token_prompts,
 )
-from vllm_thinkfast import envs
+from vllm_thinkfast import compat, envs
 
 pytestmark = pytest.mark.engine
 
@@ -85,7 +85,8 @@ def test_samples_and_prefix_cache(llm: Any) -> None:
         token_prompts([prompt] * 6), [params(7 + i, 1) for i in range(6)], use_tqdm=False
     )
     assert [list(output.outputs[0].token_ids) for output in outputs] == samples
-    assert all(output.num_cached_tokens == len(prompt) - 1 for output in outputs)
+    if compat.fork_obstacle() is None:
+        assert all(output.num_cached_tokens == len(prompt) - 1 for output in outputs)
     assert llm.reset_prefix_cache()
     (again,) = llm.generate(request, params(7, 6), use_tqdm=False)
     assert [list(sample.token_ids) for sample in again.outputs] == samples
@@ -105,7 +106,7 @@ def test_bytes(llm: Any, folder: Path) -> None:
     assert stated.ssm_bytes == found > 0
     assert _engine_bytes_per_sequence(llm.llm_engine.vllm_config) == stated
     (specs,) = llm.collective_rpc("get_kv_cache_spec")
-    pages = [specs[layer.prefix].state_content_size_bytes for layer in layers]
+    pages = [compat.state_bytes(specs[layer.prefix]) for layer in layers]
     assert sum(pages) == stated.conv_bytes + stated.ssm_bytes
 
 
@@ -117,6 +118,8 @@ def test_drafts(folder: Path, engines: EnginePool, monkeypatch: pytest.MonkeyPat
     A speculating engine has no prefix cache, and so does not round the state before a prompt's last
     token.
     """
+    if not compat.has_drafts():
+        pytest.skip("refused with this vLLM: tests/vllm_thinkfast/models/test_speculation.py")
     monkeypatch.setenv(envs.SSM_STATE, "int8")
     llm = engines.get(folder, **PLAIN, enable_prefix_caching=False)
     expected = greedy(llm, REPETITIVE, NUM_TOKENS)
