@@ -28,6 +28,7 @@ LLAMBA, HYBRID = "arith-llamba-tiny.yaml", "arith-mambainllama-tiny.yaml"
 STAGES = ("matrix_mixing", "hidden_state", "end_to_end_forward", "end_to_end_reverse")
 BATCH_TOKENS = 2048
 METRICS = ("reverse_kl", "forward_kl", "top1_agreement")
+DIGITS = {"reverse_kl": ".3g", "forward_kl": ".3g", "top1_agreement": ".4f"}
 NUM_PROBLEMS, NUM_SAMPLES = 200, 16
 TEACHER = ROOT / "thinkfast" / "llama-tiny"
 
@@ -240,8 +241,10 @@ def tables(study: dict[str, Any]) -> str:
     for name in dict.fromkeys(result["name"] for result in study["variants"]):
         ends = [r["stages"][-1] for r in study["variants"] if r["name"] == name]
         cells = [
-            _spread([end["reverse_kl"] for end in ends]),
-            _spread([end["top1_agreement"] for end in ends]),
+            *(
+                _spread([end[key] for end in ends], DIGITS[key])
+                for key in ("reverse_kl", "top1_agreement")
+            ),
             *(_spread([end["passk"][f"pass@{k}"] for end in ends]) for k in (1, 16)),
         ]
         lines.append(f"| {name} | {len(ends)} | {' | '.join(cells)} |")
@@ -249,17 +252,17 @@ def tables(study: dict[str, Any]) -> str:
 
 
 def _figures(values: dict[str, Any]) -> str:
-    return " | ".join(f"{values[key]:.3f}" for key in METRICS)
+    return " | ".join(f"{values[key]:{DIGITS[key]}}" for key in METRICS)
 
 
 def _passk(metrics: dict[str, float], k: int) -> str:
     return f"{metrics[f'pass@{k}']:.3f} ± {metrics[f'pass@{k}_stderr']:.3f}"
 
 
-def _spread(values: list[float]) -> str:
+def _spread(values: list[float], form: str = ".3f") -> str:
     """Mean, and the range where there are several."""
-    mean = f"{statistics.mean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
+    mean = f"{statistics.mean(values):{form}}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
 
 
 def draw(study: dict[str, Any], path: Path) -> None:
@@ -292,7 +295,7 @@ def draw(study: dict[str, Any], path: Path) -> None:
                 "teacher", (study["teacher"]["pass@1"], len(names) - 0.45), ha="center", fontsize=8
             )
             right.set_xlim(0, 1.1 * study["teacher"]["pass@1"])
-            right.set_xlabel("pass@1, temperature 0.7; a dot per seed")
+            right.set_xlabel("pass@1 (a dot per seed)")
             left.set_yscale("log")
             left.set_ylabel(f"{kind}: held-out KL(student || teacher)")
             left.set_xlabel("training tokens [millions]")

@@ -111,9 +111,9 @@ def test_tables_and_figure(tmp_path: Path) -> None:
         ],
     }
     text = tables(study)
-    assert "| Llamba, seed 0 | start | 0 | 5.000 | 2.500 |" in text
-    assert "| | hidden_state | 1,000 | 0.500 | 0.250 | 0.950 | 0.400 ± 0.010 |" in text
-    assert "| Llamba, init random | 2 | 2.000 (1.500 to 2.500) |" in text
+    assert "| Llamba, seed 0 | start | 0 | 5 | 2.5 |" in text
+    assert "| | hidden_state | 1,000 | 0.5 | 0.25 | 0.9500 | 0.400 ± 0.010 |" in text
+    assert "| Llamba, init random | 2 | 2 (1.5 to 2.5) |" in text
     assert "0.200 (0.100 to 0.300) | 0.750 (0.750 to 0.750) |" in text
     draw(study, tmp_path / "study.png")
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
