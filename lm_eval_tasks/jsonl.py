@@ -37,7 +37,7 @@ def write_atomically(path: Path, text: str) -> None:
             opened.flush()
             os.fsync(opened.fileno())
         os.replace(unfinished, path)
-        _sync_folder(path.parent)
+        sync_path(path.parent)
     except OSError as error:
         stop(f"{path}: cannot be written ({error.strerror}); free space or rights, then run again")
 
@@ -146,7 +146,7 @@ class JsonLines:
                 self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666
             )
             self._size = os.fstat(self._descriptor).st_size
-            _sync_folder(self.path.parent)
+            sync_path(self.path.parent)
         except OSError as error:
             stop(f"{self.path}: cannot be opened for writing ({error.strerror})")
         return dropped
@@ -278,9 +278,9 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a new file's name survive a power cut too."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+def sync_path(path: Path) -> None:
+    """Force a file's content, or the names in a folder, onto the disk, whoever wrote them."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:

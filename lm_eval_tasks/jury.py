@@ -77,6 +77,7 @@ class VoteJury:
             if samples and not self._is_recorded:
                 record_grading(self._judge.folder, self._command, None)
                 self._is_recorded = True
+            self._judge.store.sync_samples()
             self._judge.judge(problem_id, samples)
         except (ImportError, RuntimeError) as error:
             stop(

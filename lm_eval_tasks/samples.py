@@ -12,7 +12,6 @@ the data set. docs/evaluation.md describes the folder.
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from types import NoneType, TracebackType
 from typing import IO, Any
 
 from lm_eval_tasks.errors import stop
-from lm_eval_tasks.jsonl import JsonLines, read_object, write_atomically
+from lm_eval_tasks.jsonl import JsonLines, read_object, sync_path, write_atomically
 from lm_eval_tasks.locks import acquire
 from lm_eval_tasks.stopping import STOP_FIELDS
 
@@ -350,15 +349,10 @@ class SampleStore:
         Raises:
             InputError: the disk refuses.
         """
-        path = self._samples.path
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fdatasync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync_path(self._samples.path)
         except OSError as error:
-            stop(f"{path}: the last lines may not be on the disk ({error.strerror})")
+            stop(f"{self._samples.path}: the last lines may not be on the disk ({error.strerror})")
 
     def sessions(self) -> list[dict[str, Any]]:
         """Return the lines of sessions.jsonl, one per (re)start, later facts merged into it."""

@@ -237,6 +237,7 @@ class Judge:
             self._drop_verdicts_without(stored)
         num_samples, num_new = len(stored), sum(map(len, missing.values()))
         if num_new:
+            self.store.sync_samples()
             record_grading(self.folder, command, num_new)
         for name in self._golds:
             self.judge(name, missing[name])
@@ -259,10 +260,9 @@ class Judge:
 
         Args:
             name: of the problem.
-            samples: index and answer of those without a verdict.
+            samples: index and answer of those without a verdict. They are on the disk
+                (`SampleStore.sync_samples`): a verdict must not outlive its sample.
         """
-        if samples:
-            self.store.sync_samples()  # a verdict must not outlive its sample
         gold, verdict_of = self._golds[name], self._known[name]
         answers = {found.answer for _, found in samples if found.answer is not None}
         asked = sorted(answers - verdict_of.keys())

@@ -98,14 +98,11 @@ class Loader:
         ]
         # Passes decide when a source ends, not what comes before its end, so a run may go on with
         # more of them. They count as 1, the default, so that most older states still compare equal.
-        sources_read = [
-            {**config.settings(), "label": config.label, "epochs": 1} for config in self._configs
-        ]
-        self.fingerprint = _hash([sources_read, *others])
+        sources_given = [{**config.settings(), "label": config.label} for config in self._configs]
+        self.fingerprint = _hash([[{**one, "epochs": 1} for one in sources_given], *others])
         """A hash of everything that decides the batches, as long as no source ends."""
-        with_epochs = [{**config.settings(), "label": config.label} for config in self._configs]
-        # Earlier versions saved this one.
-        self._fingerprints = (self.fingerprint, _hash([with_epochs, *others]))
+        # Earlier versions saved the second one.
+        self._fingerprints = (self.fingerprint, _hash([sources_given, *others]))
         if state is not None:
             self.load_state(state)
 
