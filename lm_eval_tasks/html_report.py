@@ -6,12 +6,13 @@ values nearest to the pointer.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from typing import Any
 
 from lm_eval_tasks.figures import COLOURS, DASHES, Figure, Series, end_order, spread
+from lm_eval_tasks.provenance import session_rows
 from lm_eval_tasks.tables import Table
 
 WIDTH, HEIGHT = 660, 380
@@ -59,6 +60,21 @@ def table_html(table: Table) -> str:
 def details_html(title: str, text: str) -> str:
     """Return preformatted text that opens with a click."""
     return f"<details><summary>{escape(title)}</summary>\n<pre>{escape(text)}</pre>\n</details>"
+
+
+def settings_html(name: str, run: Mapping[str, Any]) -> list[str]:
+    """Return the folded settings and sessions of a run.
+
+    Args:
+        name: of the run.
+        run: ``folder``, ``config``, and what `lm_eval_tasks.provenance.session_rows` reads.
+    """
+    config = json.dumps(run["config"], indent=1, ensure_ascii=False)
+    sessions = json.dumps(dict(session_rows(run)), indent=1, ensure_ascii=False)
+    return [
+        details_html(f"Settings of {name} ({run['folder']})", config),
+        details_html(f"Sessions of {name}", sessions),
+    ]
 
 
 def figure_html(figure: Figure, number: int) -> str:

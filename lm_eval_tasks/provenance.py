@@ -107,6 +107,17 @@ def session_rows(run: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return [(f"{name} {i}", row) for name, rows in parts for i, row in enumerate(rows, start=1)]
 
 
+def settings_markdown(name: str, run: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a report that show a run's settings.
+
+    Args:
+        name: of the run.
+        run: ``folder`` and ``config``.
+    """
+    config = json.dumps(run["config"], indent=1, ensure_ascii=False)
+    return [f"{name} (`{run['folder']}`):\n", "```json", config, "```\n"]
+
+
 def changes_of(run: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
     """Return the conditions of a run's sessions that are not the same in all of them.
 

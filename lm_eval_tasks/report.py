@@ -16,10 +16,10 @@ from lm_eval_tasks import html_report
 from lm_eval_tasks.analysis import Settings, analyse, load_run
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.figures import Figure, figures_of
-from lm_eval_tasks.html_report import details_html, figure_html, table_html
+from lm_eval_tasks.html_report import details_html, figure_html, settings_html, table_html
 from lm_eval_tasks.jsonl import read_object, write_atomically
 from lm_eval_tasks.plots import draw_figures
-from lm_eval_tasks.provenance import commands_of, session_rows
+from lm_eval_tasks.provenance import commands_of, settings_markdown
 from lm_eval_tasks.tables import Table, figure_csv, regime_text, tables_of
 
 RESULTS = "results.json"
@@ -175,9 +175,7 @@ def _markdown(
             parts += [f"### {table.title}\n", table.markdown()]
         parts += ["### Commands\n", "```text", *commands_of(group["runs"]), "```\n"]
         parts.append("### Settings of the runs\n")
-        for run in group["runs"]:
-            config = json.dumps(run["config"], indent=1, ensure_ascii=False)
-            parts += [f"{run['name']} (`{run['folder']}`):\n", "```json", config, "```\n"]
+        parts += [part for run in group["runs"] for part in settings_markdown(run["name"], run)]
     if results.get("steps"):
         parts += ["## Steps of the comparison\n", "```text", *results["steps"], "```\n"]
     parts.append("## How this report was made\n")
@@ -209,11 +207,9 @@ def _html(
         sections += ["<h3>Figures</h3>\n<div class=charts>", *charts, "</div>"]
         sections += [table_html(table) for table in others]
         sections.append(details_html("Commands", "\n".join(commands_of(group["runs"]))))
-        for run in group["runs"]:
-            config = json.dumps(run["config"], indent=1, ensure_ascii=False)
-            sections.append(details_html(f"Settings of {run['name']} ({run['folder']})", config))
-            sessions = json.dumps(dict(session_rows(run)), indent=1, ensure_ascii=False)
-            sections.append(details_html(f"Sessions of {run['name']}", sessions))
+        sections += [
+            section for run in group["runs"] for section in settings_html(run["name"], run)
+        ]
     if results.get("steps"):
         sections.append(details_html("Steps of the comparison", "\n".join(results["steps"])))
     sections.append(table_html(_settings_table(results)))

@@ -17,10 +17,10 @@ from lm_eval_tasks.analysis import Run, Settings, load_run
 from lm_eval_tasks.early_stops import figures_of, load_stopped, tables_of
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.figures import Figure, Series
-from lm_eval_tasks.html_report import details_html, figure_html, page, table_html
+from lm_eval_tasks.html_report import details_html, figure_html, page, settings_html, table_html
 from lm_eval_tasks.jsonl import write_atomically
 from lm_eval_tasks.plots import draw_figures
-from lm_eval_tasks.provenance import commands_of, session_rows
+from lm_eval_tasks.provenance import commands_of, settings_markdown
 from lm_eval_tasks.samples import SampleStore
 from lm_eval_tasks.stopping import HIGHEST_ERROR, StopRule
 from lm_eval_tasks.tables import Table, what_was_run
@@ -287,9 +287,7 @@ class _Report:
         commands = [*commands_of(runs), command]
         sections.append(details_html("Commands", "\n".join(commands)))
         for run in runs:
-            name = f"{run['run']} ({run['folder']})"
-            sections.append(details_html(f"Settings of {name}", _json(run["config"])))
-            sections.append(details_html(f"Sessions of {name}", _json(dict(session_rows(run)))))
+            sections += settings_html(run["run"], run)
         write_atomically(folder / "adaptive.html", page(title, sections, figures))
         text = [f"# {title}\n", f"`{command}`\n"]
         text += [f"![{figure.title}]({figure.name}.png)\n" for figure in figures]
@@ -297,18 +295,9 @@ class _Report:
             text += [f"## {table.title}\n", table.markdown()]
         text += ["## Commands\n", "```text", *commands, "```\n", "## Settings of the runs\n"]
         for run in runs:
-            text += [
-                f"{run['run']} (`{run['folder']}`):\n",
-                "```json",
-                _json(run["config"]),
-                "```\n",
-            ]
+            text += settings_markdown(run["run"], run)
         write_atomically(folder / "adaptive.md", "\n".join(text))
         draw_figures(figures, folder)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False)
 
 
 def _range(interval: dict[str, float], scale: float, digits: int) -> str:
