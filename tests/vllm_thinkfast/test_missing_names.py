@@ -1,18 +1,82 @@
-"""A later vLLM without a name that a patch in every process wraps: a line in the log, no error."""
+"""A later vLLM that renamed, moved or extended what a patch in every process wraps.
+
+What is gone costs a line in the log, no error; what moved is found; a new argument arrives.
+"""
+
+import importlib.machinery
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 from vllm_thinkfast import compat
 
 
+def put_back_in_engine(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A patch also replaces what the engine imported; afterwards it shall be as before."""
+    engine_core = sys.modules.get("vllm.v1.engine.core")
+    if engine_core is not None:
+        monkeypatch.setattr(engine_core, name, getattr(engine_core, name))
+
+
 def test_memory_message(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     from vllm.v1.core import kv_cache_utils
 
+    caplog.clear()  # of what vLLM says at its first import
     monkeypatch.delattr(kv_cache_utils, "get_kv_cache_configs")
-    compat._explain_lack_of_memory(("LlambaForCausalLM",))
+    compat.register_memory_message(("LlambaForCausalLM",))
     assert not hasattr(kv_cache_utils, "get_kv_cache_configs")
     (record,) = caplog.records
     assert "no get_kv_cache_configs" in record.getMessage()
+
+
+def test_memory_message_of_a_function_that_moved(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM 0.33 has it in another module, with an argument more."""
+    from vllm.v1.core import kv_cache_utils
+
+    caplog.clear()
+
+    def get_kv_cache_configs(*arguments: object) -> object:
+        return arguments
+
+    name = "vllm.v1.core.kv_cache_planning"
+    module = ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    module.get_kv_cache_configs = get_kv_cache_configs  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delattr(kv_cache_utils, "get_kv_cache_configs")
+    put_back_in_engine(monkeypatch, "get_kv_cache_configs")
+    compat.register_memory_message(("LlambaForCausalLM",))
+    assert not hasattr(kv_cache_utils, "get_kv_cache_configs")
+    assert module.get_kv_cache_configs.thinkfast_original is get_kv_cache_configs
+    assert module.get_kv_cache_configs(None, [], [], "groups") == (None, [], [], "groups")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("lookahead", [(), (0,), (2,)])
+def test_hasher_with_lookahead(monkeypatch: pytest.MonkeyPatch, lookahead: tuple[int, ...]) -> None:
+    """vLLM 0.33 calls it with a third argument; what is not 0 has to arrive, and forks nothing."""
+    from vllm.v1.core import kv_cache_utils
+
+    arrived: list[tuple[Any, ...]] = []
+
+    def hasher(request: Any) -> list[bytes]:
+        return []
+
+    def get_request_block_hasher(*arguments: Any) -> Callable[[Any], list[bytes]]:
+        arrived.append(arguments)
+        return hasher
+
+    monkeypatch.setattr(kv_cache_utils, "get_request_block_hasher", get_request_block_hasher)
+    put_back_in_engine(monkeypatch, "get_request_block_hasher")
+    compat._remember_prompt_hashes()
+    found = kv_cache_utils.get_request_block_hasher(1, hash, *lookahead)
+    assert arrived == [(1, hash, *lookahead)]
+    assert (found is hasher) is any(lookahead)
 
 
 @pytest.mark.parametrize("name", ["_sample", "_bookkeeping_sync"])
