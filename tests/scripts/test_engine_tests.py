@@ -43,11 +43,15 @@ def test_refused_version(
     assert not ran
 
 
-def test_refused_kernels(
-    ran: list[tuple[Path, list[str]]], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("options", [("--kernels", "0.24.0"), ("--with", "orjson>>3")])
+def test_refused_option(
+    ran: list[tuple[Path, list[str]]],
+    options: tuple[str, str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert engine_tests.main(["0.33.0", "--kernels", "0.24.0"]) == 2
-    assert "0.24.0" in capsys.readouterr().err
+    assert engine_tests.main(["0.33.0", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert options[1] in line
     assert not ran
 
 

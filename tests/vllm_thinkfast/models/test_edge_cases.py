@@ -29,7 +29,7 @@ def test_longest_prompt(family_folder: Path, engines: EnginePool) -> None:
     ("prompt", "message"),
     [
         ([], "cannot be empty"),
-        ([5, 100_000], "100000 is out of vocabulary: the model has ids 0 to"),
+        ([5, 100_000], "100000 is out of vocabulary"),
         ([7] * (MAX_MODEL_LEN + 1), "maximum context length is 512 tokens"),
     ],
     ids=["empty", "unknown_id", "too_long"],
