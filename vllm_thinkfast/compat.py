@@ -34,14 +34,15 @@ FIRST_WITH_DRAFTS = "0.32.0"
 """The first vLLM with which drafted tokens were seen to work."""
 OLDEST_VLLM = "0.25.0"
 """Below this the plugin refuses to register. All engine tests have passed on TESTED_VLLM only;
-``docs/compatibility.md`` says which ones passed on 0.25.1 and 0.28.0."""
+``docs/compatibility.md`` says which ones passed on others."""
 
 TESTED_VLLM = ("0.32.0",)
 """Versions that the engine tests passed on, oldest first."""
 
 OLDEST_FORK_VLLM = "0.32.0"
 """Below this every sample of a prompt prefills it. Matching prefixes by the token came to vLLM
-between 0.25 and 0.32; what it needs besides was verified on 0.32.0 only."""
+between 0.25 and 0.32; what it needs besides was verified on 0.32.0 and with the Python code of
+0.33.0."""
 
 _FORK_NAMES = (
     ("vllm.config.cache", "CacheConfig.prefix_match_unit"),
@@ -478,24 +479,19 @@ def register_memory_message(architectures: tuple[str, ...]) -> None:
     a recurrent state does not depend (vLLM 0.32 ``v1/core/kv_cache_utils.py``).
     Remove when: vLLM's messages have the bytes, and advice that fits models with states.
     """
-    older, newer = _CACHE_PLANNING
-
-    def find_and_wrap() -> None:
-        module = sys.modules[older]
-        if not hasattr(module, "get_kv_cache_configs") and importlib.util.find_spec(newer):
-            when_imported(newer, lambda: _explain_lack_of_memory(architectures, sys.modules[newer]))
-        else:
-            _explain_lack_of_memory(architectures, module)
-
-    when_imported(older, find_and_wrap)
+    for name in _CACHE_PLANNING:
+        when_imported(name, functools.partial(_explain_lack_of_memory, architectures, name))
 
 
-def _explain_lack_of_memory(architectures: tuple[str, ...], module: Any) -> None:
+def _explain_lack_of_memory(architectures: tuple[str, ...], module_name: str) -> None:
+    module = sys.modules[module_name]
     configure = getattr(module, "get_kv_cache_configs", None)
     if configure is None:
-        _log_missing(
-            "get_kv_cache_configs", "the message for too little cache memory is vLLM's own"
-        )
+        newest = _CACHE_PLANNING[-1]
+        if module_name == newest or importlib.util.find_spec(newest) is None:
+            _log_missing(
+                "get_kv_cache_configs", "the message for too little cache memory is vLLM's own"
+            )
         return
     if hasattr(configure, "thinkfast_original"):
         return

@@ -43,7 +43,9 @@ def test_refused_version(
     assert not ran
 
 
-@pytest.mark.parametrize("options", [("--kernels", "0.24.0"), ("--with", "orjson>>3")])
+@pytest.mark.parametrize(
+    "options", [("--kernels", "0.24.0"), ("--kernels", "0.33.0"), ("--with", "orjson>>3")]
+)
 def test_refused_option(
     ran: list[tuple[Path, list[str]]],
     options: tuple[str, str],
@@ -55,10 +57,21 @@ def test_refused_option(
     assert not ran
 
 
-def test_folder_of_other_kernels(ran: list[tuple[Path, list[str]]], tmp_path: Path) -> None:
-    options = ["--kernels", "0.32.0", "--environments", str(tmp_path)]
+def test_environment_of_other_kernels(
+    ran: list[tuple[Path, list[str]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[tuple[object, ...]] = []
+
+    def make_environment(folder: Path, *arguments: object) -> Path:
+        made.append((folder, *arguments))
+        return folder
+
+    monkeypatch.setattr(engine_tests, "make_environment", make_environment)
+    options = ["--kernels", "0.32.0", "--with", "orjson", "--environments", str(tmp_path)]
     assert engine_tests.main(["0.33.0", *options]) == 5
-    assert ran[0][0] == tmp_path / "0.33.0+kernels.0.32.0"
+    folder = tmp_path / "0.33.0+kernels.0.32.0"
+    assert made == [(folder, "0.33.0", "0.32.0", ["orjson"])]
+    assert ran[0][0] == folder
 
 
 def test_replace_python_code(tmp_path: Path) -> None:
@@ -76,6 +89,7 @@ def test_replace_python_code(tmp_path: Path) -> None:
             "vllm/both.py",
             "vllm/new/a.json",
             "vllm/_C.so",
+            "vllm/vllm-rs",
             "vllm-0.33.0.dist-info/RECORD",
         ):
             archive.writestr(name, "0.33")

@@ -3,7 +3,9 @@
 What is gone costs a line in the log, no error; what moved is found; a new argument arrives.
 """
 
+import importlib
 import importlib.machinery
+import importlib.util
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -21,13 +23,18 @@ def put_back_in_engine(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         monkeypatch.setattr(engine_core, name, getattr(engine_core, name))
 
 
-def test_memory_message(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    from vllm.v1.core import kv_cache_utils
+def cache_planning() -> list[ModuleType]:
+    """The modules that may have ``get_kv_cache_configs`` in this vLLM, older first."""
+    names = [name for name in compat._CACHE_PLANNING if importlib.util.find_spec(name)]
+    return [importlib.import_module(name) for name in names]
 
+
+def test_memory_message(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for module in cache_planning():
+        monkeypatch.delattr(module, "get_kv_cache_configs", raising=False)
     caplog.clear()  # of what vLLM says at its first import
-    monkeypatch.delattr(kv_cache_utils, "get_kv_cache_configs")
     compat.register_memory_message(("LlambaForCausalLM",))
-    assert not hasattr(kv_cache_utils, "get_kv_cache_configs")
+    assert not any(hasattr(module, "get_kv_cache_configs") for module in cache_planning())
     (record,) = caplog.records
     assert "no get_kv_cache_configs" in record.getMessage()
 
@@ -36,22 +43,23 @@ def test_memory_message_of_a_function_that_moved(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """vLLM 0.33 has it in another module, with an argument more."""
-    from vllm.v1.core import kv_cache_utils
-
-    caplog.clear()
 
     def get_kv_cache_configs(*arguments: object) -> object:
         return arguments
 
+    older = cache_planning()[0]
+    caplog.clear()
+    monkeypatch.delattr(older, "get_kv_cache_configs", raising=False)
+    put_back_in_engine(monkeypatch, "get_kv_cache_configs")
     name = "vllm.v1.core.kv_cache_planning"
     module = ModuleType(name)
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-    module.get_kv_cache_configs = get_kv_cache_configs  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delattr(kv_cache_utils, "get_kv_cache_configs")
-    put_back_in_engine(monkeypatch, "get_kv_cache_configs")
+    # It imports the older one before it has the function itself.
+    compat._explain_lack_of_memory(("LlambaForCausalLM",), older.__name__)
+    module.get_kv_cache_configs = get_kv_cache_configs  # type: ignore[attr-defined]
     compat.register_memory_message(("LlambaForCausalLM",))
-    assert not hasattr(kv_cache_utils, "get_kv_cache_configs")
+    assert not hasattr(older, "get_kv_cache_configs")
     assert module.get_kv_cache_configs.thinkfast_original is get_kv_cache_configs
     assert module.get_kv_cache_configs(None, [], [], "groups") == (None, [], [], "groups")
     assert not caplog.records

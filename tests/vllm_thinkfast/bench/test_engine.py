@@ -162,13 +162,16 @@ def test_capacity_follows_from_state_size(engine: worker.Engine, stated: BytesPe
 
 def test_impossible_memory(engine: worker.Engine, folder: Path, stated: BytesPerSequence) -> None:
     """Too little for one sequence: refused with the numbers, by vLLM's own path."""
-    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.engine import core
 
     (specs,) = engine.executor.get_kv_cache_specs()
     needed = sum(spec.max_memory_usage_bytes(engine.config) for spec in specs.values())
     assert needed >= 2 * stated.total(0)
+    more = []
+    if hasattr(core, "get_global_kv_cache_groups"):  # since vLLM 0.33
+        more = [core.get_global_kv_cache_groups(engine.config, [dict(specs)])]
     for available in (0, needed - 1):
         with pytest.raises(ValueError, match="one sequence of max_model_len=64 tokens") as caught:
-            kv_cache_utils.get_kv_cache_configs(engine.config, [dict(specs)], [available])
+            core.get_kv_cache_configs(engine.config, [dict(specs)], [available], *more)
         assert f"needs {needed / 2**20:.3f} MiB" in str(caught.value)
         assert f"{available / 2**20:.3f} MiB are available" in str(caught.value)
