@@ -79,9 +79,9 @@ GUARANTEES: tuple[Guarantee, ...] = (
         "samples of a prompt start from the state at its end",
         "a sample keeps what its slot held; the state at the prompt's end is not copied there",
         "vllm_thinkfast/compat.py",
-        "        copy(longest.values(), num_blocks, kv_cache_block_copies)\n",
-        "        wrong = [(pair[1], pair[1]) for pair in kv_cache_block_copies]\n"
-        "        copy(longest.values(), num_blocks, wrong)\n",
+        "        copy(longest.values(), *others, **named)\n",
+        "        num_blocks, copies = others\n"
+        "        copy(longest.values(), num_blocks, [(pair[1], pair[1]) for pair in copies])\n",
         f"{_PROPERTY}::test_prefixes_are_shared[llamba]",
         _ASSERTION,
     ),
