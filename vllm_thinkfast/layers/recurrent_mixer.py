@@ -72,8 +72,10 @@ class RecurrentMixer(MambaBase, nn.Module):
         # vLLM replaces this by views into its cache pages, see MambaBase.bind_kv_cache.
         self.kv_cache = tuple(torch.tensor([]) for _ in self.state_shapes)
         self.is_speculating = vllm_config.num_speculative_tokens > 0
-        # For speculative decoding: tokens in the state of each slot, see _run_drafts.
+        # For speculative decoding, by a sequence's first slot: the tokens in the state there, and all
+        # slots of the sequence, see _run_drafts.
         self.num_tokens_in = torch.empty(0, dtype=torch.int32)
+        self.slots_of = torch.empty(0, 1 + vllm_config.num_speculative_tokens, dtype=torch.long)
         compilation_config = vllm_config.compilation_config
         if prefix in compilation_config.static_forward_context:
             raise ValueError(f"duplicate layer name: {prefix}")
@@ -132,6 +134,8 @@ class RecurrentMixer(MambaBase, nn.Module):
             conv, scan = self._decode_functions(slots, lengths)
             output[:num_decode] = self.mix(projected[:num_decode], dt[:num_decode], conv, scan)
         if metadata.num_prefill_tokens:
+            if self.is_speculating:
+                self._move_to_first_slot(metadata)
             conv, scan = self._prefill_functions(metadata)
             tokens = slice(num_decode, num_tokens)
             output[tokens] = self.mix(projected[tokens], dt[tokens], conv, scan)
@@ -144,6 +148,9 @@ class RecurrentMixer(MambaBase, nn.Module):
         if len(self.num_tokens_in) != len(ssm_state):
             self.num_tokens_in = torch.zeros(
                 len(ssm_state), dtype=torch.int32, device=ssm_state.device
+            )
+            self.slots_of = torch.zeros(
+                len(ssm_state), self.slots_of.shape[1], dtype=torch.long, device=ssm_state.device
             )
 
     def _run_drafts(
@@ -169,6 +176,7 @@ class RecurrentMixer(MambaBase, nn.Module):
         num_kept = (num_done - self.num_tokens_in[first]).clamp(0, slots.shape[1] - 1)
         source = slots.gather(1, num_kept.long()[:, None])[:, 0]
         self.num_tokens_in[first] = num_done + 1
+        self.slots_of[first] = slots
         for j in range(min(slots.shape[1], metadata.num_decode_tokens - num_seqs + 1)):
             is_token = j < lengths
             rows = starts + (lengths - 1).clamp(min=0, max=j)
@@ -180,6 +188,22 @@ class RecurrentMixer(MambaBase, nn.Module):
             y = self.mix(projected[rows], dt[rows], conv, scan)
             output[rows] = torch.where(is_token[:, None], y, output[rows])
             source = target
+
+    def _move_to_first_slot(self, metadata: Any) -> None:
+        """Puts the current states of prefilled sequences where prefill looks for them.
+
+        A chunk as short as a draft goes through ``_run_drafts``, also where it is part of a prompt
+        or of what a preempted sequence computes again, and leaves its state in a later slot.
+        """
+        first = metadata.state_indices_tensor_p.long()
+        lengths = metadata.query_start_loc_p.diff()
+        num_done = _prefill_lengths(metadata) - lengths
+        num_kept = (num_done - self.num_tokens_in[first]).clamp(0, self.slots_of.shape[1] - 1)
+        is_later = metadata.has_initial_states_p & (num_kept > 0)
+        source = self.slots_of[first].gather(1, num_kept.long()[:, None])[:, 0]
+        source = torch.where(is_later, source, first)
+        for state in self.kv_cache:
+            state[first] = state[source]
 
     def _states(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Views into vLLM's pages: conv [slots, K - 1, C], ssm [slots, ...], and int8's scales."""

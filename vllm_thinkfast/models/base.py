@@ -43,6 +43,11 @@ def check_speculation(vllm_config: VllmConfig) -> None:
             f"speculative_config: recurrent models need vLLM {compat.FIRST_WITH_DRAFTS} for it; "
             "update vLLM or leave it out."
         )
+    if vllm_config.kv_transfer_config is not None:
+        raise ValueError(
+            "speculative_config: a KV connector (kv_transfer_config or kv_offloading_size) brings one "
+            "state per sequence, drafts need to know its tokens; leave out one of the two."
+        )
     if speculation.method in _DRAFTS_WITHOUT_MODEL:
         return
     model = vllm_config.model_config.model

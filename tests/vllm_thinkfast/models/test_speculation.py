@@ -12,6 +12,7 @@ def config(method: str) -> SimpleNamespace:
     return SimpleNamespace(
         speculative_config=SimpleNamespace(method=method, draft_model_config=None),
         model_config=SimpleNamespace(model="some/model"),
+        kv_transfer_config=None,
     )
 
 
@@ -41,3 +42,11 @@ def test_method(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "vllm_distribution", lambda: ("vllm", "0.32.0"))
     with pytest.raises(ValueError, match=r"'medusa' was never run .* accepted: ngram and suffix"):
         check_speculation(config("medusa"))
+
+
+def test_kv_connector(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "vllm_distribution", lambda: ("vllm", "0.32.0"))
+    with_connector = config("ngram")
+    with_connector.kv_transfer_config = SimpleNamespace(kv_connector="SomeConnector")
+    with pytest.raises(ValueError, match="KV connector .* leave out one of the two"):
+        check_speculation(with_connector)
