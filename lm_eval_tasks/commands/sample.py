@@ -21,6 +21,7 @@ from typing import Any
 
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.jury import VoteJury
+from lm_eval_tasks.leftovers import forget_missing
 from lm_eval_tasks.samples import SEED_FIELDS, SampleStore, config_hash
 from lm_eval_tasks.sampling.backend import Backend, SamplingSettings
 from lm_eval_tasks.sampling.openai_backend import APIS
@@ -201,6 +202,9 @@ def run(options: argparse.Namespace) -> int:
         if store.dropped_bytes:
             _say(f"{folder}: cut off a torn last line of {store.dropped_bytes} bytes")
         have = store.have()
+        num_forgotten = forget_missing(folder, have)
+        if num_forgotten:
+            _say(f"{folder}: dropped {num_forgotten} verdicts and scores of samples that are gone")
         wanted = range(options.num_samples)
         settings = replace(settings, run_key=store.run_key)
         rule, waves = StopRule.of(config), None
