@@ -6,6 +6,7 @@ problems that every run has, and paired.
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from lm_eval_tasks.curves import (
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.estimators import bootstrap, reported_ks
 from lm_eval_tasks.provenance import CONDITIONS, read_grading, read_reward, values_of
-from lm_eval_tasks.rewards.scores import reward_names
+from lm_eval_tasks.rewards.scores import read_scores, reward_names
 from lm_eval_tasks.samples import SampleStore
 from lm_eval_tasks.scored import ScoredSample, load_scored_run
 from lm_eval_tasks.scoring import ProblemScore, method_values
@@ -191,7 +192,7 @@ def analyse(runs: Sequence[Run], settings: Settings) -> list[dict[str, Any]]:
 
     Raises:
         InputError: two runs of a group have one name, share no problem, or have scores of different
-            reward models under one name.
+            reward models under one name, or a reward has no score for any sample of a run.
     """
     runs = _charge_reward_by_token(runs)
     named = [(*run.group, run.name) for run in runs]
@@ -251,6 +252,8 @@ def _analyse_group(
     if not shared:
         stop(f"{', '.join(run.name for run in runs)}: no problem is in all of these runs")
     problems = {run.name: [run.samples[p] for p in shared] for run in runs}
+    for run in runs:
+        _check_scored(run, problems[run.name])
     group: dict[str, Any] = {
         "task": key[0],
         "task_version": key[1],
@@ -295,6 +298,24 @@ def _check_rewards(runs: Sequence[Run]) -> None:
             f"one model under a new name: thinkfast-eval reward {first.folder} {run.folder} "
             "--reward SPEC,name=NEW"
         )
+
+
+def _check_scored(run: Run, problems: Sequence[Sequence[ScoredSample]]) -> None:
+    """Refuse Best-of-N where there is nothing to choose by.
+
+    Raises:
+        InputError: the reward has no score for any of these samples.
+    """
+    flat = [one for drawn in problems for one in drawn]
+    if run.reward is None or any(one.score is not None for one in flat):
+        return
+    name = run.reward["name"]
+    reasons = Counter(record.unscored for record in read_scores(run.folder, name))
+    stop(
+        f"--reward {name}: none of the {len(flat)} samples of {run.folder} that are compared has a "
+        f"score (in the file: {reasons['too_long']} too long for the reward model, "
+        f"{reasons['empty']} without a step); leave --reward out, or score with another SPEC"
+    )
 
 
 #: Of a reward's description: what does not tell its scores apart, or is their hash.

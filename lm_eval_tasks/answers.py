@@ -163,21 +163,26 @@ def parse_number(answer: str) -> Fraction | None:
     return sign * Fraction(int(over), int(under)) if int(under) else None
 
 
-_TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{[^{}]*\}")
+_TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}")
+_OPERATOR = re.compile(r"[\\^_*!(){}]|/\s*\d")
 _TOKEN = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
 
 
 def number_in_words(answer: str) -> Fraction | None:
-    """Return the number of an answer in words and units ("x = 18", "18 dollars"), if it has one.
+    r"""Return the number of an answer in words and units ("x = 18", "18 dollars"), if it has one.
 
-    Words and units may surround the number; an operator or a second number may not.
+    Words and units may surround the number; an operator or a second number may not. What stands in
+    ``\text{}`` is words, unless the number stands nowhere else.
     """
     text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), normalise(answer))
-    text = _TEXT_COMMAND.sub(" ", text).rpartition("=")[2]
-    if len(text) > MAX_ANSWER_CHARS or re.search(r"[\\^_*!(){}]|/\s*\d", text.replace("\\%", "")):
-        return None
-    tokens = _TOKEN.findall(text)
-    return Fraction(tokens[0]) if len(tokens) == 1 else None
+    for bare in (_TEXT_COMMAND.sub(" ", text), normalise(_TEXT_COMMAND.sub(r"\1", text))):
+        value = bare.rpartition("=")[2]
+        if len(value) > MAX_ANSWER_CHARS or _OPERATOR.search(value.replace("\\%", "")):
+            return None
+        tokens = _TOKEN.findall(value)
+        if tokens:
+            return Fraction(tokens[0]) if len(tokens) == 1 else None
+    return None
 
 
 def equivalent(gold: str, answer: str) -> bool:

@@ -42,9 +42,11 @@ def read_throughput(folder: Path) -> list[dict[str, Any]]:
     """Return the measurements of a run folder; empty where there are none.
 
     Raises:
-        InputError: a line is malformed, or one round and batch size stands there twice.
+        InputError: a line is malformed, one round and batch size stands there twice, or sequences
+            have different lengths: their speeds cannot be compared.
     """
     seen: set[tuple[int, int]] = set()
+    lengths: set[tuple[int, int]] = set()
 
     def parse(row: dict[str, Any]) -> dict[str, Any]:
         if row.keys() | {"seeded"} != _FIELDS.keys():
@@ -60,6 +62,9 @@ def read_throughput(folder: Path) -> list[dict[str, Any]]:
         if key in seen:
             raise ValueError(f"round {key[0]} at batch size {key[1]} stands there twice")
         seen.add(key)
+        lengths.add(_lengths(row))
+        if len(lengths) > 1:
+            raise ValueError(f"speeds of different lengths in one file: {sorted(lengths)} tokens")
         return row
 
     return list(JsonLines(folder / THROUGHPUT).read(parse))
@@ -123,13 +128,32 @@ def time_batch(backend: Any, prompts: Sequence[Sequence[int]], num_tokens: int) 
     }
 
 
-def missing_batch_sizes(folder: Path, batch_sizes: Sequence[int], round_number: int) -> list[int]:
+def _lengths(row: dict[str, Any]) -> tuple[int, int]:
+    return row["num_prompt_tokens"], row["num_tokens"]
+
+
+def missing_batch_sizes(
+    folder: Path, batch_sizes: Sequence[int], round_number: int, lengths: tuple[int, int]
+) -> list[int]:
     """Return the batch sizes that a round lacks, each once, in ascending order.
 
+    Args:
+        folder: the run folder.
+        batch_sizes: those that are wanted.
+        round_number: of the comparison.
+        lengths: prompt and new tokens of every sequence.
+
     Raises:
-        InputError: see `read_throughput`.
+        InputError: the folder has speeds of other lengths; or see `read_throughput`.
     """
-    done = {row["batch_size"] for row in read_throughput(folder) if row["round"] == round_number}
+    rows = read_throughput(folder)
+    if batch_sizes and rows and _lengths(rows[0]) != lengths:
+        there, now = (" ".join(map(str, pair)) for pair in (_lengths(rows[0]), lengths))
+        stop(
+            f"--speed-tokens {now}: {folder} has speeds of --speed-tokens {there}; give these, or "
+            "another folder with --out"
+        )
+    done = {row["batch_size"] for row in rows if row["round"] == round_number}
     return sorted(set(batch_sizes) - done)
 
 

@@ -25,6 +25,8 @@ from lm_eval_tasks.scoring import Grading, grading_of
 
 VERDICTS = "verdicts.jsonl"
 CLASSES = "classes.jsonl"
+SCORE_LOCK = ".score.lock"
+"""Whoever holds it may write both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +195,7 @@ class Judge:
             InputError: a damaged file, or another process that scores this run.
         """
         with ExitStack() as opened:
-            opened.enter_context(exclusive(self.folder / ".score.lock", self.folder))
+            opened.enter_context(exclusive(self.folder / SCORE_LOCK, self.folder))
             opened.enter_context(self._verdicts)
             opened.enter_context(self._classes)
             self._read()

@@ -164,7 +164,12 @@ class WorkerPool:
             if os.getpid() != self._owner:
                 # A fork copied the pool: the pipes belong to the original process.
                 self._workers, self._owner = [], os.getpid()
-            return self._run_locked(jobs)
+            try:
+                return self._run_locked(jobs)
+            except BaseException:
+                # Workers go on with their jobs; the next call would take the words for its own.
+                self.close()
+                raise
 
     def _run_locked(self, jobs: Sequence[tuple[str, ...]]) -> list[str]:
         words: dict[int, str] = {}
@@ -181,28 +186,32 @@ class WorkerPool:
             if len(waiting) > starting and len(self._workers) < self.size:
                 self._workers.append(_Worker(self.deadline_s, self.memory_bytes))
                 continue
-            for worker in self._await_change():
-                word = self._advance(worker)
+            for worker, expired in self._await_change():
+                word = self._advance(worker, expired)
                 if word is not None:
                     assert worker.job is not None
                     words[worker.job] = word
                     worker.job = None
         return [words[job] for job in range(len(jobs))]
 
-    def _await_change(self) -> list[_Worker]:
-        """Return the workers that have output or are past their deadline."""
+    def _await_change(self) -> list[tuple[_Worker, bool]]:
+        """Return the workers that have output, and those past their deadline without any (True).
+
+        This process may have been stopped for longer than any deadline: what came meanwhile counts,
+        so deadlines are compared with the time before the look at the pipes.
+        """
         active = [w for w in self._workers if w.job is not None or not w.is_ready]
         with selectors.DefaultSelector() as selector:
             for worker in active:
                 selector.register(worker.fileno, selectors.EVENT_READ, worker)
-            pause = min(worker.expires for worker in active) - time.monotonic()
+            now = time.monotonic()
+            pause = min(worker.expires for worker in active) - now
             changed = [key.data for key, _ in selector.select(max(pause, 0.0))]
-        now = time.monotonic()
-        return changed + [w for w in active if w not in changed and w.expires <= now]
+        late = [w for w in active if w not in changed and w.expires <= now]
+        return [(worker, False) for worker in changed] + [(worker, True) for worker in late]
 
-    def _advance(self, worker: _Worker) -> str | None:
+    def _advance(self, worker: _Worker, expired: bool) -> str | None:
         """Take a worker's news; return its job's word if that is decided."""
-        expired = worker.expires <= time.monotonic()
         word = "" if expired else worker.read_word()
         if word is None:
             return None

@@ -12,6 +12,7 @@ from lm_eval_tasks.compare import PLAN, Model, Plan, parse_model, run_plan
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.jsonl import read_object
 from lm_eval_tasks.report import build_results, write_report
+from lm_eval_tasks.rewards.scores import reward_names
 from lm_eval_tasks.sampling.runner import REGIMES
 
 DEFAULT_ROUNDS = 3
@@ -104,6 +105,7 @@ def run(options: argparse.Namespace) -> int:
         options.reward = rewards[0]
     settings = settings_of(options)
     plan = _plan(options)
+    _check_reward(options.reward, rewards, plan)
     if options.dry_run:
         sys.stdout.writelines(f"{step.line}\n" for step in plan.steps())
         return 0
@@ -126,6 +128,22 @@ def _reward_names(specs: Sequence[str]) -> list[str]:
         if names.count(name) > 1:
             stop(f"--reward-model: two are named {name}; tell them apart with name=")
     return names
+
+
+def _check_reward(reward: str | None, made: Sequence[str], plan: Plan) -> None:
+    """Refuse a reward that neither the steps make nor the run folders have from before.
+
+    Raises:
+        InputError: a run folder will have no scores of this name.
+    """
+    if reward is None or reward in made:
+        return
+    for folder in plan.run_folders():
+        if reward not in reward_names(folder):
+            stop(
+                f"--reward {reward}: no --reward-model has this name (there: "
+                f"{', '.join(made) or 'none'}), and {folder} has no such scores"
+            )
 
 
 def _plan(options: argparse.Namespace) -> Plan:

@@ -21,6 +21,7 @@ from typing import Any
 
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.jury import VoteJury
+from lm_eval_tasks.leftovers import forget_missing
 from lm_eval_tasks.samples import SEED_FIELDS, SampleStore, config_hash
 from lm_eval_tasks.sampling.backend import Backend, SamplingSettings
 from lm_eval_tasks.sampling.openai_backend import APIS
@@ -116,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of vLLM's EngineArgs: dtype=bfloat16 max_model_len=4096 max_num_seqs=256 ...",
     )
     engine.add_argument("--tokenizer", help="folder or hub name, where the model has none")
-    engine.add_argument("--revision", help="of a hub model")
+    engine.add_argument("--revision", help="of a hub model; with --server, of --tokenizer")
     engine.add_argument("--trust-remote-code", action="store_true")
 
     server = parser.add_argument_group("a server instead")
@@ -194,6 +195,7 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         _print_json(config)
         return 0
+    tokenizer = _tokenizer(options)
     folder: Path = options.out or Path("runs") / config["name"]
     problems = task.problems
     records = [problem.record() for problem in problems]
@@ -201,6 +203,9 @@ def run(options: argparse.Namespace) -> int:
         if store.dropped_bytes:
             _say(f"{folder}: cut off a torn last line of {store.dropped_bytes} bytes")
         have = store.have()
+        num_forgotten = forget_missing(folder, have)
+        if num_forgotten:
+            _say(f"{folder}: dropped {num_forgotten} verdicts and scores of samples that are gone")
         wanted = range(options.num_samples)
         settings = replace(settings, run_key=store.run_key)
         rule, waves = StopRule.of(config), None
@@ -226,7 +231,8 @@ def run(options: argparse.Namespace) -> int:
                 f"{folder}: {stored} samples are there, {waves.num_open} of {len(problems)} "
                 "problems are open"
             )
-        sizes = missing_batch_sizes(folder, options.batch_sizes, options.speed_round)
+        lengths = (options.speed_tokens[0], options.speed_tokens[1])
+        sizes = missing_batch_sizes(folder, options.batch_sizes, options.speed_round, lengths)
         if not missing and not sizes:
             if options.json:
                 _print_json({"folder": str(folder), "drawn": 0})
@@ -234,12 +240,12 @@ def run(options: argparse.Namespace) -> int:
         _warn_of_changes(store, config)
         seed = _engine_seed(store) if settings.seed is None else None
         own_seed = {} if seed is None else {"seed": seed}
-        backend = _start(options, engine_args | own_seed, template_args)
+        backend = _start(options, engine_args | own_seed, template_args, tokenizer)
         facts: dict[str, Any] = {"drawn": 0}
         try:
             startup_s = time.monotonic() - started
             if sizes:
-                check_fits(backend, sizes, *options.speed_tokens)
+                check_fits(backend, sizes, *lengths)
             if missing:
                 facts = draw_session(
                     store,
@@ -262,8 +268,8 @@ def run(options: argparse.Namespace) -> int:
                     config_hash=store.config_hash,
                     round_number=options.speed_round,
                     batch_sizes=sizes,
-                    num_prompt_tokens=options.speed_tokens[0],
-                    num_tokens=options.speed_tokens[1],
+                    num_prompt_tokens=lengths[0],
+                    num_tokens=lengths[1],
                 )
         finally:
             backend.close()
@@ -334,6 +340,10 @@ def _check(options: argparse.Namespace) -> None:
             stop("--engine-args belong to vLLM in this process; give them to the server instead")
         if options.api == "chat" and options.tokenizer:
             stop("--tokenizer is for --api completions; with chat the server makes the prompt")
+        if options.revision and not options.tokenizer:
+            stop(
+                f"--revision {options.revision}: a server has its model; it is that of --tokenizer"
+            )
         if options.api == "chat" and options.chat_template == "off":
             stop("--chat-template off needs --api completions; chat servers always apply one")
     elif options.api != APIS[0]:
@@ -385,7 +395,7 @@ def _model_args(options: argparse.Namespace, template_args: Mapping[str, Any]) -
     if not options.server:  # a server's model name is no checkpoint
         found["pretrained"] = options.model
     if options.revision:
-        found["revision"] = options.revision
+        found["tokenizer_revision" if options.server else "revision"] = options.revision
     if options.trust_remote_code:
         found["trust_remote_code"] = True
     return found
@@ -425,7 +435,8 @@ def _config(
         engine |= {"backend": "vllm"} | dict(engine_args)
         identity = environment.model_id(options.model, options.revision)
     if options.tokenizer:
-        engine["tokenizer"] = environment.model_id(options.tokenizer, None)
+        revision = options.revision if options.server else None  # else it is the model's
+        engine["tokenizer"] = environment.model_id(options.tokenizer, revision)
     base = Path(options.model).name or Path(options.model).resolve().name
     regime = "" if options.regime == REGIMES[0] else f"-{options.regime}"
     stops: dict[str, Any] = {}
@@ -462,7 +473,10 @@ def _config(
 
 
 def _start(
-    options: argparse.Namespace, engine_args: Mapping[str, Any], template_args: Mapping[str, Any]
+    options: argparse.Namespace,
+    engine_args: Mapping[str, Any],
+    template_args: Mapping[str, Any],
+    tokenizer: Any,
 ) -> Backend:
     """Connect to the server or load the model."""
     if options.server:
@@ -477,7 +491,7 @@ def _start(
             max_retries=options.max_retries,
             timeout_s=options.timeout,
         )
-        return OpenAIBackend(server, options.max_in_flight or 64, _tokenizer(options))
+        return OpenAIBackend(server, options.max_in_flight or 64, tokenizer)
     # Its lines would tear the progress line and spoil --json; what the user chose stays.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
@@ -508,13 +522,20 @@ def _engine_seed(store: SampleStore) -> int:
 
 
 def _tokenizer(options: argparse.Namespace) -> Any:
-    if not options.tokenizer:
+    """Load the tokenizer of the prompts that a server gets; vLLM in this process loads its own."""
+    if not (options.server and options.tokenizer):
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(
-        options.tokenizer, trust_remote_code=options.trust_remote_code
-    )
+    try:
+        return AutoTokenizer.from_pretrained(
+            options.tokenizer,
+            revision=options.revision or "main",
+            trust_remote_code=options.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        stop(f"--tokenizer {options.tokenizer}: cannot be loaded ({reason})")
 
 
 def _warn_of_changes(store: SampleStore, config: Mapping[str, Any]) -> None:

@@ -69,7 +69,13 @@ def run(options: argparse.Namespace) -> int:
     """Score the runs and print their tables."""
     results: list[RunScores | dict[str, Any]] = []
     for folder in options.runs:
-        counts = score_run(folder, getattr(options, "command_line", None))
+        try:
+            counts = score_run(folder, getattr(options, "command_line", None))
+        except (ImportError, RuntimeError) as error:
+            stop(
+                f"{error}; {folder} cannot be judged: mend that, then run the same command again, "
+                "it resumes"
+            )
         done = f"{counts.num_new} of {counts.num_samples} samples judged now"
         sys.stderr.write(f"{folder}: {done}\n")
         config = SampleStore(folder).config()

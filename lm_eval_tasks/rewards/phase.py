@@ -171,7 +171,8 @@ class ScorePhase:
                 if record.sample_index not in have.get(record.problem_id, ()):
                     stop(
                         f"{self.path} scores sample {record.sample_index} of {record.problem_id}, "
-                        "which is not in samples.jsonl; it belongs to another run, move it away"
+                        "which is not in samples.jsonl; draw that sample again with thinkfast-eval "
+                        "sample, or move this file away if it belongs to another run"
                     )
                 counts.add(record)
                 done.add(record.key)

@@ -317,7 +317,7 @@ def start_vllm(
         )
     except InputError:
         raise
-    except (ValueError, OSError) as error:  # what vLLM and transformers raise for bad input
+    except (OSError, TypeError, ValueError, RuntimeError) as error:  # also for too little memory
         reason = " ".join(str(error).split())[:300]
         stop(f"vLLM cannot start {model} ({reason}); see --model and --engine-args")
     return VllmBackend(engine, taps[0], max_in_flight)

@@ -114,6 +114,7 @@ SERVER = ["--server", "http://localhost:1/v1"]
         ([*SERVER, "--engine-args", "dtype=float32"], "give them to the server instead"),
         ([*SERVER, "--tokenizer", "x"], "--tokenizer is for --api completions"),
         ([*SERVER, "--chat-template", "off"], "needs --api completions"),
+        ([*SERVER, "--revision", "r1"], "--revision r1: a server has its model"),
         ([*SERVER, "--timeout", "0"], "--timeout 0.0: need more than 0"),
         (["--api", "completions"], "name it with --server URL"),
         (["--engine-args", "dtype"], "--engine-args dtype: need KEY=VALUE"),
@@ -127,6 +128,31 @@ SERVER = ["--server", "http://localhost:1/v1"]
 )
 def test_bad_options(more: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in refused(["sample", "--model", "m", "--task", "arith", *more], capsys)
+
+
+def test_tokenizer_that_cannot_be_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before the run folder is made; --revision is that of the tokenizer."""
+    from transformers import AutoTokenizer
+
+    asked: list[object] = []
+
+    def load(source: str, **options: object) -> None:
+        asked.append((source, options["revision"]))
+        raise OSError("some/tok is not a folder\nand more")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
+    out = tmp_path / "run"
+    command = ["sample", "--model", "m", "--task", "arith", "--out", str(out), *SERVER]
+    command += ["--api", "completions", "--tokenizer", "some/tok", "--revision", "r1"]
+    said = refused([*command, "--chat-template", "off"], capsys)
+    assert said == "error: --tokenizer some/tok: cannot be loaded (some/tok is not a folder)"
+    assert "cannot load the tokenizer of some/tok" in refused(command, capsys)
+    assert asked == [("some/tok", "r1")] * 2
+    assert not out.exists()
+    assert main([*command, "--chat-template", "off", "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["engine"]["tokenizer"] == "some/tok@r1"
 
 
 def test_unknown_task(capsys: pytest.CaptureFixture[str]) -> None:

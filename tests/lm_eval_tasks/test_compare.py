@@ -267,6 +267,11 @@ def test_compare_command_accepts_equal_memory(tmp_path, capsys):
             "more than the 9 problems to divide",
         ),
         (["--model", "a", "--model", "b", "--engine-args", "dtype"], "--engine-args dtype"),
+        (
+            [*("--model", "a", "--model", "b", "--reward-model", "x/prm-tiny"), "--reward", "prm"],
+            "--reward prm: no --reward-model has this name (there: prm-tiny), and ",
+        ),
+        (["--model", "a", "--model", "b", "--reward", "prm"], "(there: none), and "),
         (["--model", "a", "--model", "b", "--reward-time"], "--reward-time needs the scores"),
     ],
 )
@@ -277,6 +282,17 @@ def test_compare_command_bad_input(tmp_path, capsys, arguments, message):
     assert message in error
     assert error.count("\n") == 1
     assert not out.exists()
+
+
+def test_compare_command_takes_scores_that_are_there(tmp_path, capsys):
+    """Made with thinkfast-eval reward in the folders of a comparison that is begun."""
+    command = ["compare", "--model", "x/a", "--model", "x/b", "--task", "arith", "--limit", "4"]
+    command += ["--out", str(tmp_path), "--reward", "prm", "--dry-run"]
+    for name in ("a", "b"):
+        assert main(command) == 2
+        assert f"saturated/{name} has no such scores" in capsys.readouterr().err
+        make_run(tmp_path / "runs" / "saturated" / name, num_problems=4, reward="prm")
+    assert main(command) == 0
 
 
 def test_timed_draws_have_no_seeds_unless_asked_for(tmp_path, monkeypatch, capsys):

@@ -244,6 +244,25 @@ def test_report_bad_input(runs, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["report", "plot"])
+def test_reward_that_scored_nothing(tmp_path, capsys, command):
+    """Every solution was longer than the reward model takes, or had no step."""
+    runs = [make_run(tmp_path / name, num_problems=3, reward="prm") for name in ("a", "b")]
+    path = runs[1] / "scores" / "prm.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row |= {"step_scores": [], "unscored": "too_long" if number else "empty"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    assert main([command, *map(str, runs), "--reward", "prm", "--out", str(out), *FAST]) == 2
+    assert capsys.readouterr().err == (
+        f"error: --reward prm: none of the 24 samples of {runs[1]} that are compared has a score "
+        "(in the file: 23 too long for the reward model, 1 without a step); leave --reward out, "
+        "or score with another SPEC\n"
+    )
+    assert not out.exists()
+
+
 def test_report_shows_the_front(tmp_path):
     """A fast model that stays behind a slow one: each has its time."""
     make_run(tmp_path / "slow", num_samples=16, skill=0.8, tokens_per_s=60, seed=1)

@@ -40,7 +40,7 @@ def test_score_run_writes_verdicts_and_classes(folder: Path) -> None:
     }
     silent = found["gsm8k/0", 3]
     assert (silent.answer, silent.source, silent.correct) == (None, None, False)
-    assert silent.task_version == VERSION == "1.0+number/boxed-hash-phrase-number/1"
+    assert silent.task_version == VERSION == "1.0+number/2/boxed-hash-phrase-number/1"
     classes = read_classes(folder, VERSION)
     assert sorted(map(sorted, classes["gsm8k/1"].classes)) == [["7"], ["8", "8.0"]]
 
@@ -165,6 +165,34 @@ def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
     assert peak_bytes < sum(map(len, texts)) / 4
     assert len(run.records) == 202
     assert run.num_distinct_texts == 102
+
+
+def test_score_when_answers_cannot_be_compared(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without math-verify, or where a worker or the sandbox does not start."""
+    errors = iter(
+        [ModuleNotFoundError("needs math-verify"), RuntimeError("the sandbox ended with code 1")]
+    )
+
+    def grade(gold: str, answers: list[str]) -> list[bool]:
+        if answers:
+            raise next(errors)
+        return []
+
+    monkeypatch.setattr(
+        "lm_eval_tasks.verdicts.grading_of",
+        lambda task: type(NUMBER)(NUMBER.name, NUMBER.extract, grade, NUMBER.group),
+    )
+    for reason in ("needs math-verify", "the sandbox ended with code 1"):
+        assert main(["score", str(folder)]) == 2
+        assert capsys.readouterr().err == (
+            f"error: {reason}; {folder} cannot be judged: mend that, then run the same command "
+            "again, it resumes\n"
+        )
+    monkeypatch.undo()
+    assert main(["score", str(folder)]) == 0
+    assert "8 of 8 samples judged now" in capsys.readouterr().err
 
 
 def _break_gold(folder: Path, gold: str) -> None:

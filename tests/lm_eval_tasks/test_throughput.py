@@ -95,16 +95,35 @@ def options(**given):
 
 def test_measure_stores_and_resumes(backend, tmp_path):
     measure(backend, tmp_path, **options(batch_sizes=[1]))
-    assert missing_batch_sizes(tmp_path, [4, 1, 4], 0) == [4]
+    assert missing_batch_sizes(tmp_path, [4, 1, 4], 0, (5, 10)) == [4]
     measure(backend, tmp_path, **options(batch_sizes=[4]))
-    assert missing_batch_sizes(tmp_path, [1, 4], 0) == []
-    assert missing_batch_sizes(tmp_path, [4, 1], 1) == [1, 4]
+    assert missing_batch_sizes(tmp_path, [1, 4], 0, (5, 10)) == []
+    assert missing_batch_sizes(tmp_path, [4, 1], 1, (5, 10)) == [1, 4]
     measure(backend, tmp_path, **options(round_number=1))
     rows = read_throughput(tmp_path)
     assert [(row["round"], row["batch_size"]) for row in rows] == [(0, 1), (0, 4), (1, 1), (1, 4)]
     assert rows[1]["seconds"] == 11
     assert backend.engine.seeds == {None}, "vLLM draws seeded sequences row by row"
     assert {row["seeded"] for row in rows} == {False}
+
+
+@pytest.mark.parametrize("lengths", [(6, 10), (5, 11)])
+def test_other_lengths_are_refused(backend, tmp_path, capsys, lengths):
+    """Their speeds were taken for those that are there, and for one median."""
+    measure(backend, tmp_path, **options())
+    assert missing_batch_sizes(tmp_path, [], 0, lengths) == [], "no speeds are asked for"
+    with pytest.raises(InputError):
+        missing_batch_sizes(tmp_path, [1, 4], 0, lengths)
+    prompt, new = lengths
+    assert capsys.readouterr().err.endswith(
+        f"\nerror: --speed-tokens {prompt} {new}: {tmp_path} has speeds of --speed-tokens 5 10; "
+        "give these, or another folder with --out\n"
+    )
+    more = options(round_number=1, num_prompt_tokens=prompt, num_tokens=new)
+    measure(backend, tmp_path, **more)  # as an earlier version did
+    with pytest.raises(InputError):
+        read_throughput(tmp_path)
+    assert "line 3: speeds of different lengths in one file: [(5, 10)" in capsys.readouterr().err
 
 
 def test_speeds_of_earlier_versions_had_seeds(backend, tmp_path):

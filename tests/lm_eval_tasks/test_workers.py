@@ -1,6 +1,7 @@
 """The worker pool: kill deadline, memory bound, restarts, and death of the parent."""
 
 import os
+import select
 import subprocess
 import sys
 import textwrap
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lm_eval_tasks.workers import WorkerPool, num_usable_cores
+from lm_eval_tasks.workers import WorkerPool, _Worker, num_usable_cores
 
 SLOW = ("5", "100000000!")
 
@@ -61,6 +62,47 @@ def test_compare_replaces_workers_that_died_between_calls(pool: WorkerPool) -> N
         worker.process.kill()
         worker.process.wait()
     assert pool.compare([("x+2", "2+x")]) == ["equal"]
+
+
+def test_compare_after_a_pause_of_this_process(
+    pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped (Ctrl-Z) for longer than any limit: what the workers said meanwhile counts."""
+    start, send = _Worker.__init__, _Worker.send
+
+    def pause(worker: _Worker) -> None:
+        select.select([worker.fileno], [], [])
+        worker.expires = 0.0
+
+    def started(worker: _Worker, *arguments: object) -> None:
+        start(worker, *arguments)  # type: ignore[arg-type]
+        pause(worker)
+
+    def sent(worker: _Worker, *arguments: object) -> None:
+        send(worker, *arguments)  # type: ignore[arg-type]
+        pause(worker)
+
+    monkeypatch.setattr(_Worker, "__init__", started)
+    monkeypatch.setattr(_Worker, "send", sent)
+    assert pool.compare([("x+1", "1+x"), ("x", "y")]) == ["equal", "different"]
+
+
+def test_compare_after_an_interrupted_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The word on the interrupted job is not that on the next call's."""
+    pool = WorkerPool(size=1)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    try:
+        assert pool.compare([("x+1", "1+x")]) == ["equal"]
+        with monkeypatch.context() as patched:
+            patched.setattr(pool, "_await_change", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                pool.compare([("x+2", "2+x")])
+        assert pool.compare([("x", "y")]) == ["different"]
+    finally:
+        pool.close()
 
 
 def test_compare_without_pairs_starts_nothing(pool: WorkerPool) -> None:

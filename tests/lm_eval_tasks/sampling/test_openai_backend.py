@@ -278,6 +278,21 @@ def test_command_survives_a_server_that_dies(
     assert content[0]["content"] in {p.question for p in SampleStore(tmp_path).problems()}
 
 
+def test_command_forgets_the_verdicts_of_samples_that_are_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are drawn again, and without seeds they are others."""
+    with FakeServer() as server:
+        assert main(command(server, tmp_path)) == 0
+        assert main(["score", str(tmp_path)]) == 0
+        path = tmp_path / "samples.jsonl"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+        assert main(command(server, tmp_path)) == 0
+    assert "dropped 1 verdicts and scores of samples that are gone" in capsys.readouterr().err
+    assert main(["score", str(tmp_path)]) == 0
+    assert "1 of 18 samples judged now" in capsys.readouterr().err
+
+
 def test_variables_of_the_chat_template_are_sent(tmp_path: Path) -> None:
     with FakeServer() as server:
         more = ("--chat-template-args", "date_string=2024-07-26", "enable_thinking=False")

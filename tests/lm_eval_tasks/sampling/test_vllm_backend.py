@@ -429,6 +429,21 @@ def test_wrong_engine_arguments(checkpoint: str, engine_args: dict[str, Any], me
         vllm_backend.start_vllm(checkpoint, engine_args)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, TypeError])
+def test_engine_that_does_not_start(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """What vLLM raises where memory is short, or for a value of another type."""
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error("out of\nmemory")
+
+    monkeypatch.setattr(LLMEngine, "from_engine_args", fail)
+    with pytest.raises(ValueError, match=r"vLLM cannot start .* \(out of memory\)"):
+        vllm_backend.start_vllm(checkpoint, {})
+
+
 def test_missing_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="vLLM cannot start"):
         vllm_backend.start_vllm(str(tmp_path / "nothing"), {})
