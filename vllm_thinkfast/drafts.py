@@ -32,7 +32,7 @@ def _leave_single_tokens(architectures: tuple[str, ...]) -> None:
         return
 
     @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **named: Any) -> None:
+    def initialise(self: Any, *args: Any, **named: Any) -> None:
         original(self, *args, **named)
         num_drafted = getattr(self, "num_spec_tokens", 0)
         is_ours = self.vllm_config.model_config.architecture in architectures
@@ -40,5 +40,5 @@ def _leave_single_tokens(architectures: tuple[str, ...]) -> None:
             sizes = self.scheduler_config.max_num_seqs + 1  # the first one is unused
             self.dynamic_sd_lookup = [num_drafted] * sizes
 
-    __init__.thinkfast_original = original  # type: ignore[attr-defined]
-    Scheduler.__init__ = __init__
+    initialise.thinkfast_original = original  # type: ignore[attr-defined]
+    Scheduler.__init__ = initialise

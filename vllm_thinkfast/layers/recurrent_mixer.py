@@ -72,8 +72,8 @@ class RecurrentMixer(MambaBase, nn.Module):
         # vLLM replaces this by views into its cache pages, see MambaBase.bind_kv_cache.
         self.kv_cache = tuple(torch.tensor([]) for _ in self.state_shapes)
         self.is_speculating = vllm_config.num_speculative_tokens > 0
-        # For speculative decoding, by a sequence's first slot: the tokens in the state there, and all
-        # slots of the sequence, see _run_drafts.
+        # For speculative decoding, by a sequence's first slot: the tokens in the state there, and
+        # all slots of the sequence, see _run_drafts.
         self.num_tokens_in = torch.empty(0, dtype=torch.int32)
         self.slots_of = torch.empty(0, 1 + vllm_config.num_speculative_tokens, dtype=torch.long)
         compilation_config = vllm_config.compilation_config

@@ -45,8 +45,8 @@ def check_speculation(vllm_config: VllmConfig) -> None:
         )
     if vllm_config.kv_transfer_config is not None:
         raise ValueError(
-            "speculative_config: a KV connector (kv_transfer_config or kv_offloading_size) brings one "
-            "state per sequence, drafts need to know its tokens; leave out one of the two."
+            "speculative_config: a KV connector (kv_transfer_config, kv_offloading_size) brings a "
+            "state without its number of tokens, which drafts need; leave out one of the two."
         )
     if speculation.method in _DRAFTS_WITHOUT_MODEL:
         return

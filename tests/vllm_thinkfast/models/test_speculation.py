@@ -48,5 +48,5 @@ def test_kv_connector(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "vllm_distribution", lambda: ("vllm", "0.32.0"))
     with_connector = config("ngram")
     with_connector.kv_transfer_config = SimpleNamespace(kv_connector="SomeConnector")
-    with pytest.raises(ValueError, match="KV connector .* leave out one of the two"):
+    with pytest.raises(ValueError, match=r"KV connector .* leave out one of the two"):
         check_speculation(with_connector)
