@@ -176,7 +176,7 @@ def resolved_config(
         "versions": environment.versions(),
         "git_commit": environment.git_commit(),
         "hardware": environment.hardware(),
-        "environment": environment.environment_of_runs(),
+        "environment": environment.environment_of_runs(settings),
     }
 
 

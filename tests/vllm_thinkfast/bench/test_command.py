@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.vllm_thinkfast.bench.scripted import Stage
+from tests.vllm_thinkfast.bench.scripted import Stage, settings
 from vllm_thinkfast import cli
 from vllm_thinkfast.bench import environment
 from vllm_thinkfast.bench import run as bench_run
@@ -73,7 +73,7 @@ def test_command_line_is_light() -> None:
 def test_environment_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
-    found = environment.environment_of_runs()
+    found = environment.environment_of_runs(settings(kv_cache_bytes=None))
     assert "VLLM_API_KEY" not in found
     assert found["VLLM_CPU_KVCACHE_SPACE"] == "3"
 
