@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from demo.settings import ROOT
-from vllm_thinkfast.bench.process import Worker, WorkerError
+from vllm_thinkfast.bench.process import CACHE_VARIABLE, Worker, WorkerError
 from vllm_thinkfast.bench.serve import OnProgress
 
 
@@ -26,8 +26,12 @@ class EngineProcess:
         Raises:
             EngineError: the engine did not start.
         """
-        quiet = {"HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self._worker = Worker("demo.worker", log, quiet, ROOT)
+        environment = {
+            "HF_DATASETS_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            CACHE_VARIABLE: None,  # it would win over the settings' kv_cache_bytes
+        }
+        self._worker = Worker("demo.worker", log, environment, ROOT)
         started = self.ask("start", folder=str(folder), settings=settings)
         self.engine_start_s: float = started["engine_start_s"]
 

@@ -22,6 +22,7 @@ from typing import Any
 from scripts.tiny_models import ENVIRONMENT, ROOT, say
 from vllm_thinkfast import envs
 from vllm_thinkfast.bench.environment import git_commit, hardware, versions
+from vllm_thinkfast.bench.process import CACHE_VARIABLE
 from vllm_thinkfast.bench.shapes import PRESETS, write_folder
 
 MODELS = ("Llamba", "MambaInLlama, Mamba-1", "MambaInLlama, Mamba-2")
@@ -34,7 +35,7 @@ ENGINE = {
     "enforce_eager": True,
     "max_model_len": 2048,
     "max_num_batched_tokens": 2048,
-    "kv_cache_memory_bytes": 2**31,
+    "kv_cache_memory_bytes": 2**30,
     "disable_log_stats": True,
 }
 
@@ -146,6 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: {flag} {value}: need a whole number of at least 1", file=sys.stderr)
             return 2
     os.environ.update(ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+    os.environ.pop(CACHE_VARIABLE)  # it would win over ENGINE, which the record shows
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     rows = []
     with tempfile.TemporaryDirectory() as folder:

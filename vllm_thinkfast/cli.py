@@ -13,6 +13,7 @@ from pathlib import Path
 from vllm_thinkfast import __version__
 from vllm_thinkfast.bench.command import add_options as add_bench_options
 from vllm_thinkfast.bench.command import run as run_bench
+from vllm_thinkfast.bench.settings import parse_gib
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _SSM_DTYPES = (*_DTYPES, "int8")
@@ -132,9 +133,7 @@ def _state_size(options: argparse.Namespace) -> int:
         if getattr(options, name) < 1:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} {getattr(options, name)}: must be at least 1")
-    memory = options.memory_gib
-    if memory is not None and not 0 < memory < float("inf"):
-        raise ValueError(f"--memory-gib {memory}: must be a number above 0")
+    memory_bytes = parse_gib(options.memory_gib, "--memory-gib")
     size = bytes_per_sequence(
         read_config(options.folder),
         dtype=getattr(torch, options.dtype),
@@ -143,8 +142,8 @@ def _state_size(options: argparse.Namespace) -> int:
     )
     total = size.total(options.num_tokens)
     fitting = None
-    if memory is not None:
-        fitting = size.max_sequences(int(memory * 2**30), options.num_tokens)
+    if memory_bytes is not None:
+        fitting = size.max_sequences(memory_bytes, options.num_tokens)
     if options.json:
         fields = {**size.__dict__, "num_tokens": options.num_tokens, "total_bytes": total}
         if fitting is not None:
@@ -157,7 +156,7 @@ def _state_size(options: argparse.Namespace) -> int:
     print(f"{options.num_tokens} tokens in all {total / 2**20:14.3f} MiB")
     if fitting is not None:
         bound = " at most, before vLLM's padding" if size.kv_bytes_per_token else ""
-        print(f"{memory:g} GiB of cache: {fitting} sequences decode at once{bound}")
+        print(f"{options.memory_gib:g} GiB of cache: {fitting} sequences decode at once{bound}")
     return 0
 
 

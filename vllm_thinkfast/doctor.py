@@ -56,6 +56,7 @@ def diagnose() -> Diagnosis:
     _check_vllm(found)
     _check_entry_point(found)
     _check_torch(found)
+    _check_variables(found)
     return found
 
 
@@ -164,6 +165,15 @@ def _check_torch(found: Diagnosis) -> None:
                     f"{operator}: backend {backend} cannot be loaded: {error}", "install triton"
                 )
             )
+
+
+def _check_variables(found: Diagnosis) -> None:
+    """The variables that stop a model at start; `_check_torch` has looked at the operators'."""
+    for name, read in ((envs.FORK, envs.fork), (envs.SSM_STATE, envs.is_ssm_state_int8)):
+        try:
+            read()
+        except ValueError as error:
+            found.problems.append(Problem(str(error), f"unset {name}"))
 
 
 def _version(distribution: str) -> str | None:

@@ -44,7 +44,9 @@ def configure(vllm_config: Any, *, is_attention_free: bool, obstacle: str | None
         if obstacle is not None:
             logger.warning(_NO_FORK, obstacle)
         return
-    if obstacle is None and vllm_config.kv_transfer_config is not None:
+    # vLLM makes the connector of --kv-offloading-size only after this.
+    is_offloading = getattr(cache_config, "kv_offloading_size", None) is not None
+    if obstacle is None and (is_offloading or vllm_config.kv_transfer_config is not None):
         obstacle = "a KV connector is configured"
     if is_attention_free and not vllm_config.scheduler_config.enable_chunked_prefill:
         # vLLM stops here. Without us prefix caching would be off, so that chunked prefill may be.

@@ -3,9 +3,11 @@
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from demo import engine
 from demo import run as demo_run
 from demo.contenders import MODELS, find_contenders
 from demo.engine import EngineError, EngineProcess
@@ -140,6 +142,24 @@ def test_engine_process_reports_a_failed_start(tmp_path: Path) -> None:
     assert "Traceback" in log.read_text()
 
 
+def test_engine_process_has_the_settings_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU vLLM prefers VLLM_CPU_KVCACHE_SPACE to kv_cache_memory_bytes."""
+    found: list[Any] = []
+
+    class Started:
+        def __init__(self, *arguments: Any) -> None:
+            found.append(arguments[2])
+
+        def ask(self, *_: Any, **__: Any) -> dict[str, float]:
+            return {"engine_start_s": 0.0}
+
+    monkeypatch.setattr(engine, "Worker", Started)
+    EngineProcess(tmp_path, {}, tmp_path / "log")
+    assert found[0]["VLLM_CPU_KVCACHE_SPACE"] is None
+
+
 @pytest.mark.engine
 def test_engine_process_measures_speed(tmp_path: Path) -> None:
     """Prompts that come twice, in a batch or in two rounds, are prefilled each time.
@@ -147,10 +167,10 @@ def test_engine_process_measures_speed(tmp_path: Path) -> None:
     The worker itself checks that nothing came from the prefix cache and that one step did it all.
     """
     settings = resolved(Settings(max_num_seqs=8, max_model_len=128, kv_cache_bytes=2**26))
-    engine = EngineProcess(MODELS / "llamba-tiny", settings, tmp_path / "engines.log")
+    process = EngineProcess(MODELS / "llamba-tiny", settings, tmp_path / "engines.log")
     prompts = ["Anna has 5 books.", "Hugo has 28 eggs. In January Hugo sells 7.", "Ben has 3 pens."]
     for _ in range(2):
-        found = engine.ask("speed", prompts=prompts, num_sequences=8, num_tokens=4)
+        found = process.ask("speed", prompts=prompts, num_sequences=8, num_tokens=4)
         assert found["prefill_tokens_per_s"] > 0
         assert found["decode_tokens_per_s"] > 8 * 3 / found["seconds"]
-    engine.close()
+    process.close()

@@ -1,6 +1,7 @@
 """``scripts/fork_ratio.py``: its table, its models, and what it refuses."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,24 @@ def test_models_are_what_their_names_say(name: str, tmp_path: Path) -> None:
     assert type(config).__name__.removesuffix("Config") == name.partition(",")[0]
     version = json.loads((folder / "config.json").read_text()).get("mamba_version")
     assert version == {"1": "mamba1", "2": "mamba2"}.get(name[-1])
+
+
+def test_engines_have_the_memory_that_the_record_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU vLLM prefers VLLM_CPU_KVCACHE_SPACE to kv_cache_memory_bytes."""
+    seen = []
+    monkeypatch.setattr(fork_ratio.os, "environ", os.environ | {"VLLM_CPU_KVCACHE_SPACE": "4"})
+
+    def measure(*_: Any) -> list[dict[str, Any]]:
+        seen.append(os.environ.get("VLLM_CPU_KVCACHE_SPACE"))
+        return []
+
+    monkeypatch.setattr(fork_ratio, "measure", measure)
+    assert fork_ratio.main(["--out", str(tmp_path), "--preset", "tiny"]) == 0
+    assert seen == [None] * len(fork_ratio.MODELS)
+    recorded = json.loads((tmp_path / "fork.json").read_text())["engine"]
+    assert recorded["kv_cache_memory_bytes"] == 2**30
 
 
 def test_wrong_numbers(capsys: pytest.CaptureFixture[str]) -> None:

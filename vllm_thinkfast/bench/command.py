@@ -53,7 +53,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, default="float32", help="of weights and activations")
     add("--ssm-dtype", choices=DTYPES, default="float32", help="of recurrent states")
     add("--threads", type=int, default=num_usable_cores(), help="of each engine on a CPU")
-    add("--max-num-seqs", type=int, help="vLLM's limit; by default the largest batch")
+    add(
+        "--max-num-seqs",
+        type=int,
+        help="vLLM's limit; by default the largest batch, at least 1024 with max",
+    )
     add("--max-num-batched-tokens", type=int, default=4096, help="vLLM's limit per step")
     add("--kv-cache-gib", type=float, help="memory for keys, values and states of each model")
     add(
@@ -81,6 +85,8 @@ def resolve(options: argparse.Namespace) -> Settings:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if not 0 <= options.seed < 2**32:  # of numpy, which vLLM seeds too
+        raise ValueError(f"--seed {options.seed}: must be from 0 to {2**32 - 1}")
     check_preset(options.preset)
     cells, max_num_seqs = parse_cells(
         options.batch_sizes, options.lengths, options.num_samples, options.max_num_seqs
@@ -176,7 +182,7 @@ def resolved_config(
         "versions": environment.versions(),
         "git_commit": environment.git_commit(),
         "hardware": environment.hardware(),
-        "environment": environment.environment_of_runs(),
+        "environment": environment.environment_of_runs(settings),
     }
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import vllm_thinkfast
 from vllm_thinkfast import compat
-from vllm_thinkfast.bench.settings import num_usable_cores
+from vllm_thinkfast.bench.process import CACHE_VARIABLE
+from vllm_thinkfast.bench.settings import Settings, num_usable_cores
 
 _PACKAGE = Path(vllm_thinkfast.__file__).parent
 _WITHOUT_EFFECT = ("cli.py", "doctor.py", "bench/report.py", "bench/figure.py")
@@ -76,13 +77,20 @@ def code_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def environment_of_runs() -> dict[str, str]:
-    """vLLM's and our own environment variables, which the engines see; without secrets."""
-    return {
+def environment_of_runs(settings: Settings) -> dict[str, str]:
+    """vLLM's and our own environment variables, which the engines see; without secrets.
+
+    Args:
+        settings: of the run.
+    """
+    found = {
         name: value
         for name, value in sorted(os.environ.items())
         if name.startswith("VLLM_") and not name.endswith(_SECRETS)
     }
+    if settings.kv_cache_bytes is not None:
+        found.pop(CACHE_VARIABLE, None)
+    return found
 
 
 def _output(command: list[str]) -> str:

@@ -17,6 +17,8 @@ from typing import Any
 
 from vllm_thinkfast.bench.serve import OnProgress
 
+CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
+"""On a CPU vLLM takes it, in GiB, in place of ``kv_cache_memory_bytes``, and does not say so."""
 _END_S = 20
 
 
@@ -31,7 +33,7 @@ class Worker:
         self,
         module: str,
         log: Path,
-        environment: Mapping[str, str],
+        environment: Mapping[str, str | None],
         folder: Path | None = None,
     ) -> None:
         """Starts the process.
@@ -39,7 +41,8 @@ class Worker:
         Args:
             module: that calls `vllm_thinkfast.bench.serve.serve` when it is run.
             log: file to which everything it prints is appended.
-            environment: variables besides this process's own and those of every worker.
+            environment: variables besides this process's own and those of every worker; None: one
+                that it does not get.
             folder: to run in; None: this process's.
         """
         self.log = log
@@ -51,6 +54,7 @@ class Worker:
             "HF_HUB_OFFLINE": "1",  # everything is local
             "PYTHONUNBUFFERED": "1",
         }
+        variables = {**os.environ, **common, **environment}
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as opened:
             self.process = subprocess.Popen(
@@ -61,7 +65,7 @@ class Worker:
                 text=True,
                 encoding="utf-8",
                 cwd=folder,
-                env={**os.environ, **common, **environment},
+                env={name: value for name, value in variables.items() if value is not None},
             )
 
     def ask(self, do: str, on_progress: OnProgress | None = None, **arguments: Any) -> Any:

@@ -71,14 +71,14 @@ def _cell_summary(
     errors = [row["error"] for row in rows if not _is_ok(row)]
     if errors:
         return {"error": errors[0]}
-    batch = rows[0]["batch"]
     has_decode = all(row["num_decode_steps"] for row in rows)
     summary: dict[str, Any] = {
-        "batch": batch,
+        # "max" may be another number in another round, where engines take what memory is free.
+        "batch": statistics.median_low(row["batch"] for row in rows),
         "tokens_per_s": _spread(row["tokens_per_s"] for row in rows),
         "tokens_per_s_ratio": _ratio(rows, reference, "tokens_per_s"),
         "prefill_tokens_per_s": _spread(row["prefill_tokens_per_s"] for row in rows),
-        "num_prefilled_tokens": rows[0]["num_prefilled_tokens"],
+        "num_prefilled_tokens": statistics.median_low(row["num_prefilled_tokens"] for row in rows),
         "most_running": max(row["most_running"] for row in rows),
         "num_preempted": max(row["num_preempted"] for row in rows),
         "peak_memory_bytes": {
@@ -97,9 +97,10 @@ def _cell_summary(
         "rounds": list(rows),
     }
     if cost is not None:
-        flops = 2 * StepCost(**cost).weight_elements * summary["num_prefilled_tokens"]
+        flops = 2 * StepCost(**cost).weight_elements  # of one token
         summary["prefill_flops_fraction"] = _spread(
-            flops / row["prefill_s"] / machine.flops_per_s for row in rows
+            flops * row["num_prefilled_tokens"] / row["prefill_s"] / machine.flops_per_s
+            for row in rows
         )
     if not has_decode:
         return summary
@@ -113,8 +114,11 @@ def _cell_summary(
         ),
     }
     if cost is not None:
-        least = StepCost(**cost).least_seconds(batch, rows[0]["mean_context"], machine)
-        summary["roofline_fraction"] = _spread(least / row["step_s"] for row in rows)
+        step = StepCost(**cost)
+        summary["roofline_fraction"] = _spread(
+            step.least_seconds(row["batch"], row["mean_context"], machine) / row["step_s"]
+            for row in rows
+        )
     return summary
 
 
@@ -205,6 +209,12 @@ def _cell_table(cells: Sequence[dict[str, Any]]) -> Iterator[str]:
             notes.append(f"{cell['cell']}, {cell['model']}: {cell['error']}")
             continue
         step, fraction = cell["time_per_token_s"], cell["roofline_fraction"]
+        batches = {row["batch"] for row in cell["rounds"]}
+        if len(batches) > 1:
+            notes.append(
+                f"{cell['cell']}, {cell['model']}: batches of {min(batches)} to {max(batches)} in "
+                "the rounds"
+            )
         at_once = str(cell["most_running"])
         if cell["num_preempted"]:
             at_once += f", {cell['num_preempted']} preempted"

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from vllm_thinkfast.bench import environment
-from vllm_thinkfast.bench.process import Worker, WorkerError
+from vllm_thinkfast.bench.process import CACHE_VARIABLE, Worker, WorkerError
 from vllm_thinkfast.bench.settings import Cell, Model, Settings
 from vllm_thinkfast.bench.store import Results, fingerprint
 
 Say = Callable[[str], None]
 Task = tuple[int, Model, Cell]
 """(round, model, cell)."""
+MODULE = "vllm_thinkfast.bench.worker"
+"""Of each process."""
 
 
 @dataclass
@@ -35,19 +37,21 @@ class Measured:
     """(model name, cell label) -> one result per round; those that failed have "error"."""
 
 
-def start_worker(threads: int, log: Path) -> Worker:
+def start_worker(settings: Settings, log: Path) -> Worker:
     """A process of `vllm_thinkfast.bench.worker`.
 
     Args:
-        threads: OpenMP threads.
+        settings: of the run; threads and memory are read from it.
         log: file to which everything it prints is appended.
     """
-    environment = {
-        "OMP_NUM_THREADS": str(threads),
+    environment: dict[str, str | None] = {
+        "OMP_NUM_THREADS": str(settings.threads),
         # Threads of several engines that vLLM pins would all sit on the same cores.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
-    return Worker("vllm_thinkfast.bench.worker", log, environment)
+    if settings.kv_cache_bytes is not None:
+        environment[CACHE_VARIABLE] = None  # it would win
+    return Worker(MODULE, log, environment)
 
 
 class Run:
@@ -60,7 +64,7 @@ class Run:
         results: Results,
         logs: Path,
         say: Say,
-        start: Callable[[int, Path], Worker] = start_worker,
+        start: Callable[[Settings, Path], Worker] = start_worker,
     ) -> None:
         """See the class.
 
@@ -89,7 +93,7 @@ class Run:
             "threads": settings.threads,
             "versions": environment.versions(),
             "hardware": environment.hardware(),
-            "environment": environment.environment_of_runs(),
+            "environment": environment.environment_of_runs(settings),
             "code": environment.code_hash(),
         }
         self._identities = {model.name: model.identity for model in models}
@@ -151,7 +155,7 @@ class Run:
         stored = self.results.get(key)
         if stored is None:
             self.say(f"round {round_number + 1}: measuring bandwidth and operations per second")
-            worker = self._start(self.settings.threads, self.logs / "roofline")
+            worker = self._start(self.settings, self.logs / "roofline")
             with contextlib.closing(worker):
                 stored = worker.ask("roofline", dtype=self.settings.dtype)
             assert stored is not None
@@ -167,7 +171,7 @@ class Run:
                 self._workers.pop(name).close()
                 self._warm.clear()
         self.say(f"{model.name}: starting vLLM")
-        worker = self._start(self.settings.threads, self.logs / f"{model.name}.log")
+        worker = self._start(self.settings, self.logs / f"{model.name}.log")
         facts = worker.ask(
             "start",
             folder=str(model.folder),

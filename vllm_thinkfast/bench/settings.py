@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,8 +15,19 @@ Engines = Literal["together", "one-by-one"]
 DTYPES = ("float32", "bfloat16", "float16")
 LOAD_FORMATS = ("dummy", "auto")
 MAX_SEQS_WITHOUT_NUMBER = 1024
-"""vLLM's max_num_seqs where the largest batch is "max" and the user names no limit."""
-_OWN_OPTIONS = ("model", "max_model_len", "seed")
+"""vLLM's max_num_seqs, at least, where a batch is "max" and the user names no limit."""
+_FLAGS = {
+    "model": "--models",
+    "max_model_len": "--lengths",
+    "seed": "--seed",
+    "load_format": "--load-format",
+    "dtype": "--dtype",
+    "mamba_ssm_cache_dtype": "--ssm-dtype",
+    "max_num_seqs": "--max-num-seqs",
+    "max_num_batched_tokens": "--max-num-batched-tokens",
+    "kv_cache_memory_bytes": "--kv-cache-gib",
+}
+"""Arguments of ``vllm.LLM`` that an option of the bench decides."""
 _PARALLEL_OPTIONS = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 
@@ -132,7 +142,8 @@ def parse_cells(
         batch_sizes: such as ``1,16,max``; may be empty.
         lengths: such as ``128+128,1024+64``: prompt and generated tokens.
         num_samples: such as ``16,64``; may be empty.
-        max_num_seqs: the user's limit; None: the largest number in the lists.
+        max_num_seqs: the user's limit; None: the largest number in the lists, and at least
+            MAX_SEQS_WITHOUT_NUMBER if a batch is "max".
 
     Raises:
         ValueError: something is no number, too small, or larger than the limit.
@@ -148,7 +159,8 @@ def parse_cells(
     cells += [Cell("samples", number, *pair) for pair in pairs for number in samples]
     numbers = [cell.batch for cell in cells if cell.batch is not None]
     if max_num_seqs is None:
-        max_num_seqs = MAX_SEQS_WITHOUT_NUMBER if None in batches else max(numbers)
+        least = [MAX_SEQS_WITHOUT_NUMBER] if None in batches else []
+        max_num_seqs = max(least + numbers)
     elif max_num_seqs < max(numbers, default=1):
         raise ValueError(
             f"--max-num-seqs {max_num_seqs}: less than the batch of {max(numbers, default=1)} that "
@@ -161,7 +173,7 @@ def parse_engine_options(text: str) -> dict[str, Any]:
     """The JSON object of ``--engine-options``.
 
     Raises:
-        ValueError: no JSON object, or it sets what the bench decides.
+        ValueError: no JSON object, or it sets what another option decides.
     """
     try:
         options = json.loads(text)
@@ -171,9 +183,12 @@ def parse_engine_options(text: str) -> dict[str, Any]:
         raise ValueError(
             f'--engine-options {text!r}: need an object such as {{"enforce_eager": true}}'
         )
-    wrong = [name for name in _OWN_OPTIONS if name in options]
+    wrong = [name for name in _FLAGS if name in options]
     if wrong:
-        raise ValueError(f"--engine-options: {', '.join(wrong)} follows from the other options")
+        flags = ", ".join(_FLAGS[name] for name in wrong)
+        raise ValueError(
+            f"--engine-options: {', '.join(wrong)}: leave it out, and use {flags} instead"
+        )
     wrong = [name for name in _PARALLEL_OPTIONS if options.get(name, 1) != 1]
     if wrong:
         raise ValueError(
@@ -238,12 +253,14 @@ def parse_gib(value: float | None, flag: str) -> int | None:
     """GiB as bytes.
 
     Raises:
-        ValueError: not a positive finite number.
+        ValueError: less than a byte, or more than vLLM and torch count.
     """
     if value is None:
         return None
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{flag} {value}: must be more than 0")
+    if not 2**-30 <= value < 2**33:  # also false for nan
+        raise ValueError(
+            f"{flag} {value}: must be a number above 0, at least a byte, and less than 2**33"
+        )
     return int(value * 2**30)
 
 
@@ -271,4 +288,8 @@ def _pair(text: str) -> tuple[int, int]:
     prompt, plus, generated = text.partition("+")
     if not plus:
         raise ValueError(f"--lengths {text}: need PROMPT+GENERATED tokens, such as 128+128")
-    return _number(prompt, "--lengths"), _number(generated, "--lengths", 2)
+    return (
+        _number(prompt, f"--lengths {text}: prompt"),
+        # The first token belongs to the prefill.
+        _number(generated, f"--lengths {text}: generated tokens", 2),
+    )

@@ -17,6 +17,7 @@ from vllm_thinkfast.bench import capacity
 from vllm_thinkfast.bench.serve import OnProgress, peak_memory_bytes, reset_peak_memory, serve
 
 _WARM_UP_PROMPT_TOKENS = 8
+_WARM_UP_TOKENS = 2
 _FIRST_ORDINARY_TOKEN = 3
 _FEWEST_STEPS = 3
 """Of pure decoding; fewer give no median worth the name."""
@@ -122,7 +123,10 @@ class Engine:
 
     def warm_up(self, batch: int, mode: str) -> None:
         """Runs a batch of short prompts that nobody times."""
-        self._run(self._prompts(1, batch, _WARM_UP_PROMPT_TOKENS, mode), batch, 2, mode, seed=1)
+        # The engine was made for the longest cell, which may be shorter than the usual prompt.
+        room = self.config.model_config.max_model_len - _WARM_UP_TOKENS
+        prompts = self._prompts(1, batch, min(_WARM_UP_PROMPT_TOKENS, room), mode)
+        self._run(prompts, batch, _WARM_UP_TOKENS, mode, seed=1)
 
     def measure(
         self, mode: str, batch: int, num_prompt_tokens: int, num_tokens: int, seed: int
@@ -276,7 +280,8 @@ class _Watch:
 def count_parameters(hf_config: Any) -> tuple[int | None, int]:
     """(parameters, those of the embedding) of a model, without its weights; None if unknown.
 
-    vLLM packs weights into formats of its kernels, so its modules cannot be asked.
+    vLLM packs weights into formats of its kernels, so its modules cannot be asked. Of a model with
+    towers besides the language model a step reads only a part: that counts as unknown.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -284,14 +289,15 @@ def count_parameters(hf_config: Any) -> tuple[int | None, int]:
     from vllm_thinkfast.bench.shapes import num_parameters
     from vllm_thinkfast.configs import LlambaConfig, MambaInLlamaConfig
 
-    embedding = hf_config.vocab_size * hf_config.hidden_size
     if isinstance(hf_config, LlambaConfig | MambaInLlamaConfig):
-        return num_parameters(hf_config), embedding
-    if type(hf_config) not in AutoModelForCausalLM._model_mapping:
-        return None, embedding
+        return num_parameters(hf_config), hf_config.vocab_size * hf_config.hidden_size
+    is_nested = hf_config.get_text_config() is not hf_config
+    if is_nested or type(hf_config) not in AutoModelForCausalLM._model_mapping:
+        return None, 0
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
     model.tie_weights()
+    embedding = hf_config.vocab_size * hf_config.hidden_size
     return sum(parameter.numel() for parameter in model.parameters()), embedding
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 
+from vllm_thinkfast.checkpoints.mamba_in_llama import in_proj_rows
 from vllm_thinkfast.checkpoints.reader import Config, house_tensors
 
 # (part of the house's name, vLLM's fused parameter, shard)
@@ -44,6 +45,7 @@ def load_house_tensors(
 
     Raises:
         CheckpointError: the tensors do not match the configuration.
+        ValueError: a quantised tensor that this model has no place for.
     """
     params = dict(model.named_parameters())
     loaded: set[str] = set()
@@ -62,7 +64,7 @@ def load_house_tensors(
     for name, tensor in house_tensors(
         config, weights_left, source=source, is_quantised=is_quantised
     ):
-        for target, shard, part in _targets(config, name, tensor):
+        for target, shard, part in _targets(config, name, tensor, source):
             if target not in params:
                 if is_pp_missing_parameter(target, model):
                     continue
@@ -81,7 +83,7 @@ def load_house_tensors(
 
 
 def _targets(
-    config: Config, name: str, tensor: torch.Tensor
+    config: Config, name: str, tensor: torch.Tensor, source: str
 ) -> Iterable[tuple[str, str | int | None, torch.Tensor]]:
     """(vLLM parameter, shard, tensor) for a house tensor."""
     for part, fused, shard in _FUSED:
@@ -93,9 +95,20 @@ def _targets(
         yield name.removesuffix("A_log") + "A", None, tensor
     elif ".mamba.in_proj." in name and getattr(config, "mamba_version", "") == "mamba1":
         # Rows [z | x | B | C] are split over ranks, the dt rows are needed whole on each. The
-        # scales of quantised rows go the same way.
-        rank = config.time_step_rank
-        yield name, None, tensor[:-rank]
-        yield name.replace(".in_proj.", ".dt_in_proj."), None, tensor[-rank:]
+        # scales of quantised rows go the same way; one scale for all rows is that of both layers.
+        num_rows, rank = sum(in_proj_rows(config).values()), config.time_step_rank
+        if tensor.numel() == 1:
+            rest = dt = tensor
+        elif tensor.dim() and tensor.shape[0] == num_rows:
+            rest, dt = tensor[:-rank], tensor[-rank:]
+        else:
+            raise ValueError(
+                f"{source}: {name} of shape {tuple(tensor.shape)} cannot be split into in_proj and "
+                f"dt_in_proj; accepted are tensors with the {num_rows} rows of in_proj first, and "
+                "single scales. Quantise it per row or per tensor, such as int8 with "
+                "compressed-tensors."
+            )
+        yield name, None, rest
+        yield name.replace(".in_proj.", ".dt_in_proj."), None, dt
     else:
         yield name, None, tensor

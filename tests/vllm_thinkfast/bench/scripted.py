@@ -64,7 +64,7 @@ class Stage:
         self.broken = broken
         self.num_measured = 0
 
-    def start(self, threads: int, log: Path) -> Any:
+    def start(self, settings: Settings, log: Path) -> Any:
         return _Scripted(self, log.stem)
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.vllm_thinkfast.bench.scripted import Stage
+from tests.vllm_thinkfast.bench.scripted import Stage, settings
 from vllm_thinkfast import cli
 from vllm_thinkfast.bench import environment
 from vllm_thinkfast.bench import run as bench_run
@@ -25,11 +25,17 @@ SMALL += ["--lengths", "8+4", "--num-samples", "", "--rounds", "2", "--kv-cache-
         (["--preset", "7b"], "--preset 7b: accepted are tiny, 30m, 135m, 1b, 3b"),
         (["--models", "gpt"], "--models gpt: accepted are llama"),
         (["--lengths", "12"], "--lengths 12: need PROMPT+GENERATED"),
-        (["--kv-cache-gib", "0"], "--kv-cache-gib 0.0: must be more than 0"),
-        (["--kv-cache-gib", "nan"], "--kv-cache-gib nan: must be more than 0"),
+        (["--kv-cache-gib", "0"], "--kv-cache-gib 0.0: must be a number above 0"),
+        (["--kv-cache-gib", "nan"], "--kv-cache-gib nan: must be a number above 0"),
+        (["--kv-cache-gib", "inf"], "--kv-cache-gib inf: must be a number above 0"),
+        (["--kv-cache-gib", "1e300"], "--kv-cache-gib 1e+300: must be a number above 0"),
+        (["--kv-cache-gib", "1e-300"], "--kv-cache-gib 1e-300: must be a number above 0"),
+        (["--seed", "-1"], "--seed -1: must be from 0 to 4294967295"),
+        (["--seed", "4294967296"], "--seed 4294967296: must be from 0 to 4294967295"),
         (["--max-num-batched-tokens", "8"], "--max-num-batched-tokens 8: vLLM needs at least"),
         (["--engines", "together"], "say how much cache each gets with --kv-cache-gib"),
         (["--engine-options", "x"], "--engine-options 'x' is no JSON"),
+        (["--engine-options", '{"dtype": "float16"}'], "dtype: leave it out, and use --dtype"),
     ],
 )
 def test_bad_input(
@@ -73,7 +79,7 @@ def test_command_line_is_light() -> None:
 def test_environment_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
-    found = environment.environment_of_runs()
+    found = environment.environment_of_runs(settings(kv_cache_bytes=None))
     assert "VLLM_API_KEY" not in found
     assert found["VLLM_CPU_KVCACHE_SPACE"] == "3"
 

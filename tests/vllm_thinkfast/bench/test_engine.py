@@ -22,8 +22,8 @@ LENGTHS = ((12, 12), (32, 32))
 NUM_PROMPT_TOKENS, NUM_TOKENS = 12, 12
 
 
-def options(**changes: Any) -> dict[str, Any]:
-    cells, _ = parse_cells("1", "32+32", "", None)
+def options(lengths: str = "32+32", **changes: Any) -> dict[str, Any]:
+    cells, _ = parse_cells("1", lengths, "", None)
     settings = Settings(
         cells=cells,
         rounds=1,
@@ -119,6 +119,30 @@ def test_measure_samples(engine: worker.Engine) -> None:
 def test_warm_up_leaves_no_trace(engine: worker.Engine) -> None:
     engine.warm_up(2, "samples")
     assert not engine.engine.has_unfinished_requests()
+
+
+def test_shortest_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The warm-up fits into an engine for one prompt token and two generated ones."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    engine = worker.Engine(str(write_folder(tmp_path / "m", "llamba", "tiny")), options("1+2"))
+    try:
+        for mode in ("separate", "samples"):
+            engine.warm_up(2, mode)
+            found = engine.measure(mode, 2, 1, 2, seed=0)
+            assert found["tokens_per_s"] == pytest.approx(2 * 2 / found["seconds"])
+    finally:
+        close(engine)
+
+
+def test_parameters_of_a_model_in_parts() -> None:
+    """A nested config has no vocabulary of its own; what a step reads of the model is not known."""
+    from transformers import Gemma3Config, LlamaConfig, LlavaConfig
+
+    for config in (Gemma3Config(), LlavaConfig()):
+        assert worker.count_parameters(config) == (None, 0)
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 16}
+    count, embedding = worker.count_parameters(LlamaConfig(num_hidden_layers=1, **sizes))
+    assert (count, embedding) == (2 * 128 + 4 * 64 + 3 * 64 + 3 * 8, 128)
 
 
 @pytest.mark.parametrize("at_once", [True, False])

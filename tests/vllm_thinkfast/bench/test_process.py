@@ -1,11 +1,15 @@
 """The worker process itself: protocol, errors, end. No engine is started."""
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.vllm_thinkfast.bench.scripted import settings
+from vllm_thinkfast.bench import run
+from vllm_thinkfast.bench.environment import environment_of_runs
 from vllm_thinkfast.bench.process import Worker, WorkerError
 from vllm_thinkfast.bench.run import start_worker
 
@@ -24,6 +28,8 @@ def answer(engine, command, on_progress):
         return (engine or 0) + 1, command["word"]
     if do == "counted":
         return engine, [engine, os.getcwd(), os.environ["MINE"], os.environ["HF_HUB_OFFLINE"]]
+    if do == "cache":
+        return engine, os.environ.get("VLLM_CPU_KVCACHE_SPACE")
     if do == "exit":
         sys.exit("two\\nlines")
     if do == "die":
@@ -37,7 +43,7 @@ serve(answer)
 
 @pytest.fixture
 def worker(tmp_path: Path) -> Iterator[Worker]:
-    worker = start_worker(threads=1, log=tmp_path / "logs" / "probe.log")
+    worker = start_worker(settings(), log=tmp_path / "logs" / "probe.log")
     yield worker
     worker.close()
 
@@ -80,6 +86,21 @@ def test_progress_and_result(server: Worker, tmp_path: Path) -> None:
     server.close()
     assert server.process.returncode == 0
     assert "not an answer" in server.log.read_text()
+
+
+@pytest.mark.parametrize(("kv_cache_bytes", "seen"), [(2**20, None), (None, "3")])
+def test_bytes_win_over_vllms_variable(
+    kv_cache_bytes: int | None, seen: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM takes VLLM_CPU_KVCACHE_SPACE where both are given; results.json says what it saw."""
+    (tmp_path / "server.py").write_text(SERVER)
+    monkeypatch.setenv("PYTHONPATH", ":".join([str(tmp_path), *filter(None, sys.path)]))
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    monkeypatch.setattr(run, "MODULE", "server")
+    values = settings(kv_cache_bytes=kv_cache_bytes)
+    with contextlib.closing(start_worker(values, tmp_path / "log")) as worker:
+        assert worker.ask("cache") == seen
+    assert environment_of_runs(values).get("VLLM_CPU_KVCACHE_SPACE") == seen
 
 
 def test_exit_of_the_engine_is_an_error(server: Worker) -> None:

@@ -58,6 +58,22 @@ def test_roofline_fraction(tmp_path: Path) -> None:
     assert entry["prefill_flops_fraction"]["most"] == pytest.approx(2000 * 32 / 0.02 / 1e7)
 
 
+def test_batch_that_differs_between_rounds(tmp_path: Path) -> None:
+    """A round's roofline is that of its batch, where "max" follows from what memory is free."""
+    found = measured()
+    row = cell_row(100, 6, slower=2)
+    found.cells["llama", "4 x 8+4"][1] = row
+    summary = summarised(tmp_path, found)
+    entry = summary["cells"][2]
+    assert entry["batch"] == 4
+    assert entry["roofline_fraction"]["most"] == pytest.approx(5168e-6 / 0.01)
+    assert entry["roofline_fraction"]["least"] == pytest.approx(5752e-6 / 0.02)
+    assert entry["prefill_flops_fraction"]["least"] == pytest.approx(2000 * 48 / 0.04 / 1e7)
+    lines = list(report.render(summary, settings()))
+    assert lines[-1] == "4 x 8+4, llama: batches of 4 to 6 in the rounds"
+    assert not any("batches of" in line for line in report.render(summarised(tmp_path), settings()))
+
+
 def test_compute_bound_step() -> None:
     machine = Machine("cpu", 1e12, 2e12, 1e6)
     cost = StepCost(**COST)

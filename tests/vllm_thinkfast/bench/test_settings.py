@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.vllm_thinkfast.bench.scripted import settings
 from vllm_thinkfast.bench.settings import (
     Cell,
     Model,
@@ -36,6 +37,8 @@ def test_parse_cells_without_doubles() -> None:
 def test_limit_of_sequences() -> None:
     assert parse_cells("1,max", "8+2", "", None)[1] == 1024
     assert parse_cells("1,max", "8+2", "", 7)[1] == 7
+    assert parse_cells("2048,max", "8+2", "", None)[1] == 2048
+    assert parse_cells("max", "8+2", "2048", None)[1] == 2048
     with pytest.raises(ValueError, match="--max-num-seqs 7: less than the batch of 9"):
         parse_cells("1", "8+2", "9", 7)
 
@@ -47,8 +50,8 @@ def test_limit_of_sequences() -> None:
         (("x", "8+2", ""), "--batch-sizes x"),
         (("²", "8+2", ""), "--batch-sizes ²"),
         (("1", "8", ""), r"--lengths 8: need PROMPT\+GENERATED"),
-        (("1", "8+1", ""), "--lengths 1: need whole numbers from 2 up"),
-        (("1", "0+8", ""), "--lengths 0"),
+        (("1", "8+1", ""), r"--lengths 8\+1: generated tokens 1: need whole numbers from 2 up"),
+        (("1", "0+8", ""), r"--lengths 0\+8: prompt 0: need whole numbers from 1 up"),
         (("1", "", ""), "--lengths is empty"),
         (("1", "8+2", "1"), "--num-samples 1: need whole numbers from 2 up"),
         (("", "8+2", ""), "both empty"),
@@ -64,13 +67,22 @@ def test_refused_lists(lists: tuple[str, str, str], message: str) -> None:
     [
         ("[", "is no JSON"),
         ("[1]", "need an object"),
-        ('{"seed": 1}', "seed follows from"),
+        ('{"seed": 1}', "seed: leave it out, and use --seed instead"),
+        ('{"max_model_len": 64}', "max_model_len: leave it out, and use --lengths instead"),
+        ('{"max_num_seqs": 1, "dtype": "half"}', "dtype, max_num_seqs: .* --dtype, --max-num-seqs"),
         ('{"tensor_parallel_size": 2}', "tensor_parallel_size 2: the bench is for one device"),
     ],
 )
 def test_refused_engine_options(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_engine_options(text)
+
+
+def test_options_with_a_flag_are_no_engine_options() -> None:
+    """Whatever the bench hands to vLLM by itself, but for its tokenizer."""
+    for name in settings().llm_options().keys() - {"skip_tokenizer_init"}:
+        with pytest.raises(ValueError, match=rf"--engine-options: {name}: leave it out"):
+            parse_engine_options(f'{{"{name}": null}}')
 
 
 def test_find_models(tmp_path: Path) -> None:

@@ -55,21 +55,26 @@ def write_adapter(folder: Path, adapter: Path, merged: Path, seed: int) -> None:
     _copy(folder, merged, tensors)
 
 
-def write_int8(folder: Path, quantised: Path, rounded: Path) -> None:
-    """The checkpoint with int8 weights per row, in the format of compressed-tensors, and its twin.
+def write_int8(
+    folder: Path, quantised: Path, rounded: Path, *, is_per_tensor: bool = False
+) -> None:
+    """The checkpoint with int8 weights, in the format of compressed-tensors, and its twin.
 
     Args:
         folder: a folder written by ``thinkfast convert``.
         quantised: written: int8 weights with scales; activations are rounded while it runs.
         rounded: written: the same rounded weights as floats, unquantised.
+        is_per_tensor: one scale for each weight instead of one for each of its rows.
     """
     tensors = load_file(folder / "model.safetensors")
     packed, floats = dict(tensors), dict(tensors)
     for name in linear_names(tensors):
-        scale = tensors[name].abs().amax(dim=1, keepdim=True) / 127
+        largest = tensors[name].abs().amax(dim=1, keepdim=True)
+        scale = (largest.max().reshape(1) if is_per_tensor else largest) / 127
         packed[name] = (tensors[name] / scale).round().to(torch.int8)
         packed[f"{name}_scale"] = scale
         floats[name] = packed[name] * scale
+    strategy = "tensor" if is_per_tensor else "channel"
     eight_bits = {"num_bits": 8, "type": "int", "symmetric": True}
     settings = {
         "quant_method": "compressed-tensors",
@@ -79,7 +84,7 @@ def write_int8(folder: Path, quantised: Path, rounded: Path) -> None:
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
-                "weights": {**eight_bits, "strategy": "channel", "dynamic": False},
+                "weights": {**eight_bits, "strategy": strategy, "dynamic": False},
                 "input_activations": {**eight_bits, "strategy": "token", "dynamic": True},
             }
         },
