@@ -68,11 +68,12 @@ class DiscreteMamba2Mixer(RecurrentMixer):
         x, B, C = conv(projected).split([self.width, self.bc, self.bc], dim=-1)
         # log sigmoid(-a); the published form divides x by softplus(a), which overflows.
         log_decay = F.logsigmoid(-dt.float())
+        num_tokens = len(x)
         y = scan(
-            x.unflatten(-1, (self.num_heads, self.head_dim)),
+            x.view(num_tokens, self.num_heads, self.head_dim),
             log_decay,
-            B.unflatten(-1, (-1, self.ssm_state_size)),
-            C.unflatten(-1, (-1, self.ssm_state_size)),
+            B.view(num_tokens, -1, self.ssm_state_size),
+            C.view(num_tokens, -1, self.ssm_state_size),
             self.D,
         )
         return y.flatten(-2)

@@ -113,3 +113,25 @@ def test_decode_rows_do_not_depend_on_their_neighbours(kernels_of_vllm, operator
 
 _ROWS = {"discrete_ssd": (0, 1, 2, 3), "selective_scan": (0, 1, 3, 4), "causal_conv": (0,)}
 """Positions of the arguments with one row per sequence."""
+
+
+def test_mamba1_decay_in_place_and_gathered_agree(kernels_of_vllm):
+    """Bit for bit, whichever way the number of sequences chooses."""
+    torch.manual_seed(1)
+    S, H, G, P, N = 40, 6, 2, 8, 16
+    values = torch.randn(S + 3, H * P, N)
+    A, D = -torch.rand(H * P, N), torch.randn(H * P)
+    rows = torch.randn(S, H * P), torch.rand(S, H * P), torch.randn(S, G, N), torch.randn(S, H, N)
+    decode = load_operator("selective_scan", "cpu").decode
+
+    def run(state, slots, part):
+        x, dt, B, C = (row[part] for row in rows)
+        return decode(state, slots[part], x, dt, A, B, C, D)
+
+    slots = torch.randperm(S + 2)[:S] + 1
+    together, apart = paged_cache(values), paged_cache(values)
+    y = run(together, slots, slice(0, S))
+    halves = [run(apart, slots, part) for part in (slice(0, 1), slice(1, 20), slice(20, S))]
+    assert torch.equal(torch.cat(halves), y)
+    assert torch.equal(together, apart)
+    assert torch.equal(together[0], values[0])
