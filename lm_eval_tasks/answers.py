@@ -175,7 +175,7 @@ def number_in_words(answer: str) -> Fraction | None:
     ``\text{}`` is words, unless the number stands nowhere else.
     """
     text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), normalise(answer))
-    for bare in (_TEXT_COMMAND.sub(" ", text), normalise(_TEXT_COMMAND.sub(r"\1", text))):
+    for bare in (_TEXT_COMMAND.sub(" ", text), normalise(_TEXT_COMMAND.sub(r" \1 ", text))):
         value = bare.rpartition("=")[2]
         if len(value) > MAX_ANSWER_CHARS or _OPERATOR.search(value.replace("\\%", "")):
             return None

@@ -1,9 +1,9 @@
 """The vLLM this plugin runs on: accepted versions, names that moved, and every patch.
 
-The only file that compares versions or touches vLLM names that are private or moved between
-releases. Each function that changes something in vLLM says why, where upstream could solve it, and
-when it can go; ``docs/design/patches.md`` lists them. A wrapper hands on arguments that it does not
-know: later versions of vLLM add some.
+The only file, with ``scheduler_patches.py``, that compares versions or touches vLLM names that are
+private or moved between releases. Each function that changes something in vLLM says why, where
+upstream could solve it, and when it can go; ``docs/design/patches.md`` lists them. A wrapper hands
+on arguments that it does not know: later versions of vLLM add some.
 
 The ``register_*`` functions import nothing of vLLM: what they change is changed as soon as its
 module is imported, which may be now, later or never in this process.
@@ -489,7 +489,7 @@ def _explain_lack_of_memory(architectures: tuple[str, ...], module_name: str) ->
     if configure is None:
         newest = _CACHE_PLANNING[-1]
         if module_name == newest or importlib.util.find_spec(newest) is None:
-            _log_missing(
+            log_missing(
                 "get_kv_cache_configs", "the message for too little cache memory is vLLM's own"
             )
         return
@@ -560,7 +560,7 @@ def _restore_cpu_generators() -> None:
     runner = getattr(cpu_model_runner, "CPUModelRunner", None)
     sample, bookkeep = (getattr(runner, n, None) for n in ("_sample", "_bookkeeping_sync"))
     if sample is None or bookkeep is None:
-        _log_missing(
+        log_missing(
             "CPUModelRunner._sample or ._bookkeeping_sync",
             "a seeded request whose prompt is prefilled in parts may fail",
         )
@@ -590,7 +590,7 @@ def _restore_cpu_generators() -> None:
     runner._bookkeeping_sync = _bookkeeping_sync  # type: ignore[union-attr]
 
 
-def _log_missing(name: str, consequence: str) -> None:
+def log_missing(name: str, consequence: str) -> None:
     """For patches that vLLM works without: an error here would stop every model's engine."""
     logger.warning("This vLLM has no %s, which vllm-thinkfast wraps: %s.", name, consequence)
 

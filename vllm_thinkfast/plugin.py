@@ -33,7 +33,7 @@ def register() -> None:
     global _registered
     if _registered:
         return
-    from vllm_thinkfast import compat, drafts
+    from vllm_thinkfast import compat, scheduler_patches
     from vllm_thinkfast.import_hooks import when_imported
 
     _check_version()
@@ -44,7 +44,7 @@ def register() -> None:
     compat.register_model_defaults(architectures, ATTENTION_FREE)
     compat.register_fork(architectures, ATTENTION_FREE)
     compat.register_token_id_check(architectures)
-    drafts.register_draft_padding(architectures)
+    scheduler_patches.register_scheduler_patches(architectures)
     compat.register_memory_message(architectures)
     compat.register_cpu_seed_fix()
     _registered = True

@@ -222,6 +222,7 @@ def test_parse_number_refuses(text: str) -> None:
         ("-\\text{ 18 dollars}", False),
         ("\\text{18 or 19}", False),
         ("\\text{18} - \\text{3}", False),
+        ("\\text{1}\\text{8}", False),
         ("\\text{dollars}", False),
         ("\\frac{36}{2}", True),
         ("2 \\cdot 9", True),

@@ -53,6 +53,18 @@ def test_a_text_drawn_instead_is_judged_anew(folder: Path) -> None:
 def test_a_file_that_is_written_meanwhile_is_left_alone(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whoever scores holds the lock; the rows stay until he is done."""
+
+    def refuse(path: Path, guarded: Path) -> object:
+        raise InputError(f"{guarded} is being written")
+
+    _delete_sample(folder, "gsm8k/1", 0)
+    before = (folder / "verdicts.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("lm_eval_tasks.leftovers.exclusive", refuse)
+        with pytest.raises(InputError, match=r"verdicts\.jsonl is being written"):
+            forget_missing(folder, SampleStore(folder).have())
+    assert (folder / "verdicts.jsonl").read_bytes() == before
     locked: list[Path] = []
 
     def lock(path: Path, guarded: Path) -> object:
@@ -60,7 +72,7 @@ def test_a_file_that_is_written_meanwhile_is_left_alone(
         return exclusive(path, guarded)
 
     monkeypatch.setattr("lm_eval_tasks.leftovers.exclusive", lock)
-    _delete_sample(folder, "gsm8k/1", 0)
     forget_missing(folder, SampleStore(folder).have())
     scores = folder / "scores"
     assert locked == [folder / ".score.lock", scores / "other.lock", scores / "prm.lock"]
+    assert (folder / "verdicts.jsonl").read_bytes() != before

@@ -8,12 +8,12 @@ import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from vllm_thinkfast import compat
+from vllm_thinkfast import compat, scheduler_patches
 
 
 def put_back_in_engine(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -118,3 +118,49 @@ def test_cpu_runner(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFi
     monkeypatch.delattr(cpu_model_runner, "CPUModelRunner")
     compat._restore_cpu_generators()
     assert len(caplog.records) == 1
+
+
+def scheduler_of(num_drafted: int, architecture: str, **attributes: object) -> Any:
+    """An instance of a class like vLLM's scheduler, made after the patch was applied to it."""
+
+    class Scheduler:
+        def __init__(self, name: str) -> None:
+            self.name = name
+            self.num_spec_tokens = num_drafted
+            model_config = SimpleNamespace(architecture=architecture)
+            self.vllm_config = SimpleNamespace(model_config=model_config)
+            self.scheduler_config = SimpleNamespace(max_num_seqs=4)
+            vars(self).update(attributes)
+
+    module = importlib.import_module("vllm.v1.core.sched.scheduler")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "Scheduler", Scheduler)
+        scheduler_patches.register_scheduler_patches(("LlambaForCausalLM",))
+        scheduler_patches.register_scheduler_patches(("LlambaForCausalLM",))
+    return Scheduler("one")
+
+
+def test_draft_lengths_of_scheduler() -> None:
+    ours = scheduler_of(3, "LlambaForCausalLM", dynamic_sd_lookup=None)
+    assert (ours.name, ours.dynamic_sd_lookup) == ("one", [3] * 5)
+    by_user = scheduler_of(3, "LlambaForCausalLM", dynamic_sd_lookup=[0, 3, 2, 1, 1])
+    assert by_user.dynamic_sd_lookup == [0, 3, 2, 1, 1]
+    assert scheduler_of(0, "LlambaForCausalLM", dynamic_sd_lookup=None).dynamic_sd_lookup is None
+    assert scheduler_of(3, "LlamaForCausalLM", dynamic_sd_lookup=None).dynamic_sd_lookup is None
+
+
+def test_scheduler_without_table(caplog: pytest.LogCaptureFixture) -> None:
+    assert scheduler_of(3, "LlamaForCausalLM").name == "one"
+    assert not caplog.records
+    assert scheduler_of(3, "LlambaForCausalLM").name == "one"
+    (record,) = caplog.records
+    assert "no Scheduler.dynamic_sd_lookup" in record.getMessage()
+
+
+def test_no_scheduler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    module = importlib.import_module("vllm.v1.core.sched.scheduler")
+    monkeypatch.delattr(module, "Scheduler")
+    caplog.clear()
+    scheduler_patches.register_scheduler_patches(("LlambaForCausalLM",))
+    (record,) = caplog.records
+    assert "no Scheduler, which" in record.getMessage()

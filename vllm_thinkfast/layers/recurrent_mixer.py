@@ -194,6 +194,7 @@ class RecurrentMixer(MambaBase, nn.Module):
 
         A chunk as short as a draft goes through ``_run_drafts``, also where it is part of a prompt
         or of what a preempted sequence computes again, and leaves its state in a later slot.
+        Besides, vLLM may hand over a plain decoding sequence behind a prefill as one.
         """
         first = metadata.state_indices_tensor_p.long()
         lengths = metadata.query_start_loc_p.diff()
