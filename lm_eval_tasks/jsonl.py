@@ -42,6 +42,11 @@ def write_atomically(path: Path, text: str) -> None:
         stop(f"{path}: cannot be written ({error.strerror}); free space or rights, then run again")
 
 
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace the rows of a JSONL file that nobody has open, as `write_atomically` does."""
+    write_atomically(path, "".join(f"{json.dumps(row, allow_nan=False)}\n" for row in rows))
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object of a file.
 

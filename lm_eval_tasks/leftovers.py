@@ -5,12 +5,11 @@ a seed it is another text, which must not inherit the verdict of the old one, so
 sample`` calls this before it draws.
 """
 
-import json
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from lm_eval_tasks.jsonl import JsonLines, write_atomically
+from lm_eval_tasks.jsonl import JsonLines, write_rows
 from lm_eval_tasks.locks import exclusive
 from lm_eval_tasks.rewards.scores import ScoreRecord, reward_names, score_path
 from lm_eval_tasks.verdicts import SCORE_LOCK, VERDICTS, Verdict
@@ -55,6 +54,5 @@ def _keep(
     with exclusive(lock, path):
         rows = list(JsonLines(path).read(parse))  # nobody adds to them any more
         kept = [row for row in rows if is_stored(row)]
-        lines = (json.dumps(row.as_dict(), allow_nan=False) for row in kept)
-        write_atomically(path, "".join(f"{line}\n" for line in lines))
+        write_rows(path, [row.as_dict() for row in kept])
     return len(rows) - len(kept)

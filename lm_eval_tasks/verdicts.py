@@ -6,7 +6,6 @@ correct. ``classes.jsonl`` has one line per problem: its different answers, grou
 of task and grading, so that verdicts of an older grader are never mixed with newer ones.
 """
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 
 from lm_eval_tasks.answers import Extracted
 from lm_eval_tasks.errors import stop
-from lm_eval_tasks.jsonl import JsonLines, write_atomically
+from lm_eval_tasks.jsonl import JsonLines, write_rows
 from lm_eval_tasks.locks import exclusive
 from lm_eval_tasks.provenance import record_grading
 from lm_eval_tasks.samples import SampleStore
@@ -252,8 +251,7 @@ class Judge:
         """
         rows = [row.as_dict() for row in read_verdicts(self.folder) if row.key in stored]
         self._verdicts.close()
-        text = "".join(f"{json.dumps(row, allow_nan=False)}\n" for row in rows)
-        write_atomically(self._verdicts.path, text)
+        write_rows(self._verdicts.path, rows)
         self._verdicts.open()
         self._read()
 

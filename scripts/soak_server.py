@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from scripts.soak_traffic import MAX_MODEL_LEN, MODEL
 from scripts.tiny_models import ENVIRONMENT as ONE_THREAD
+from vllm_thinkfast.bench.process import CACHE_VARIABLE
 
 HOST = "127.0.0.1"
 START_S, STOP_S = 600, 60
@@ -99,7 +100,7 @@ class Server:
         environment = ONE_THREAD | ENVIRONMENT | os.environ
         environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
         # It would win over --kv-cache-memory-bytes, in GiB.
-        environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
+        environment.pop(CACHE_VARIABLE, None)
         libc = ctypes.CDLL(None)
 
         def die_with_parent() -> None:

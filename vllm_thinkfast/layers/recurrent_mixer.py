@@ -149,9 +149,8 @@ class RecurrentMixer(MambaBase, nn.Module):
             self.num_tokens_in = torch.zeros(
                 len(ssm_state), dtype=torch.int32, device=ssm_state.device
             )
-            self.slots_of = torch.zeros(
-                len(ssm_state), self.slots_of.shape[1], dtype=torch.long, device=ssm_state.device
-            )
+            own = torch.arange(len(ssm_state), device=ssm_state.device)
+            self.slots_of = own[:, None].repeat(1, self.slots_of.shape[1])
 
     def _run_drafts(
         self, metadata: Any, projected: torch.Tensor, dt: torch.Tensor, output: torch.Tensor
@@ -173,8 +172,7 @@ class RecurrentMixer(MambaBase, nn.Module):
         starts, lengths = offsets[:-1], offsets.diff()
         num_done = metadata.seq_lens[:num_seqs] - lengths
         first = slots[:, 0]
-        num_kept = (num_done - self.num_tokens_in[first]).clamp(0, slots.shape[1] - 1)
-        source = slots.gather(1, num_kept.long()[:, None])[:, 0]
+        source = self._current_slots(slots, first, num_done)
         self.num_tokens_in[first] = num_done + 1
         self.slots_of[first] = slots
         for j in range(min(slots.shape[1], metadata.num_decode_tokens - num_seqs + 1)):
@@ -189,6 +187,13 @@ class RecurrentMixer(MambaBase, nn.Module):
             output[rows] = torch.where(is_token[:, None], y, output[rows])
             source = target
 
+    def _current_slots(
+        self, slots: torch.Tensor, first: torch.Tensor, num_done: torch.Tensor
+    ) -> torch.Tensor:
+        """Which of a sequence's slots [S, 1 + k] holds its state after ``num_done`` [S] tokens."""
+        num_kept = (num_done - self.num_tokens_in[first]).clamp(0, slots.shape[1] - 1)
+        return slots.gather(1, num_kept.long()[:, None])[:, 0]
+
     def _move_to_first_slot(self, metadata: Any) -> None:
         """Puts the current states of prefilled sequences where prefill looks for them.
 
@@ -199,10 +204,8 @@ class RecurrentMixer(MambaBase, nn.Module):
         first = metadata.state_indices_tensor_p.long()
         lengths = metadata.query_start_loc_p.diff()
         num_done = _prefill_lengths(metadata) - lengths
-        num_kept = (num_done - self.num_tokens_in[first]).clamp(0, self.slots_of.shape[1] - 1)
-        is_later = metadata.has_initial_states_p & (num_kept > 0)
-        source = self.slots_of[first].gather(1, num_kept.long()[:, None])[:, 0]
-        source = torch.where(is_later, source, first)
+        current = self._current_slots(self.slots_of[first], first, num_done)
+        source = torch.where(metadata.has_initial_states_p, current, first)
         for state in self.kv_cache:
             state[first] = state[source]
 
