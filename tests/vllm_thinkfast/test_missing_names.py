@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from vllm_thinkfast import compat, scheduler_patches
+from vllm_thinkfast import compat, cpu_patches, scheduler_patches
 
 
 def put_back_in_engine(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -164,3 +164,32 @@ def test_no_scheduler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapture
     scheduler_patches.register_scheduler_patches(("LlambaForCausalLM",))
     (record,) = caplog.records
     assert "no Scheduler, which" in record.getMessage()
+
+
+def test_llvmlite_is_hidden_from_vllms_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With numba imported vLLM's own function fails; it is hidden for no longer than the call."""
+    importlib.import_module("numba")
+    dispatcher = importlib.import_module("vllm.triton_utils.dispatcher")
+    original = getattr(dispatcher.register_kernels, "thinkfast_original", None)
+    monkeypatch.setattr(dispatcher, "register_kernels", original or dispatcher.register_kernels)
+    monkeypatch.setattr(dispatcher, "_registry", {})
+    holder = ModuleType("thinkfast_kernel_holder")
+    monkeypatch.setitem(sys.modules, holder.__name__, holder)
+    override = {f"{holder.__name__}.kernel": lambda: "override"}
+    holder.kernel = lambda: "original"  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="_lib_fn_wrapper"):
+        dispatcher.register_kernels(override)
+    cpu_patches.register_llvmlite_fix()
+    cpu_patches.register_llvmlite_fix()
+    dispatcher.register_kernels(override)
+    assert isinstance(holder.kernel, dispatcher.KernelOverride)
+    assert "llvmlite.binding.ffi" in sys.modules
+
+
+def test_dispatcher_without_register_kernels(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    dispatcher = importlib.import_module("vllm.triton_utils.dispatcher")
+    monkeypatch.delattr(dispatcher, "register_kernels")
+    cpu_patches.register_llvmlite_fix()
+    assert "no register_kernels, which" in caplog.text

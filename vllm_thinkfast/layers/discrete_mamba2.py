@@ -5,6 +5,8 @@ has no activation by default, the input is not scaled by dt, D is applied outsid
 there is no norm before out_proj, and the gate has a bias.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from vllm.config import VllmConfig
@@ -13,6 +15,8 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowPar
 from vllm_thinkfast.configs import LlambaConfig
 from vllm_thinkfast.layers.recurrent_mixer import Conv, RecurrentMixer, Scan
 from vllm_thinkfast.layers.sharded import ShortConv, sharded_parameter
+from vllm_thinkfast.ops import fused_decode
+from vllm_thinkfast.ops.causal_conv.reference import Activation
 
 
 class DiscreteMamba2Mixer(RecurrentMixer):
@@ -25,7 +29,8 @@ class DiscreteMamba2Mixer(RecurrentMixer):
         super().__init__(vllm_config, prefix)
         quant_config = vllm_config.quant_config
         width, bc = config.mixer_size, config.bc_size
-        self.mixer_activation = config.mixer_activation
+        # The configuration has checked the value.
+        self.mixer_activation = cast("Activation", config.mixer_activation)
         self.in_proj = MergedColumnParallelLinear(
             config.hidden_size,
             [width, bc, bc, width, config.num_heads],  # [x B C (conv), z, dt_logits]
@@ -67,7 +72,7 @@ class DiscreteMamba2Mixer(RecurrentMixer):
         """See the base class. ``dt`` holds the logits that the published code calls A_log."""
         x, B, C = conv(projected).split([self.width, self.bc, self.bc], dim=-1)
         # log sigmoid(-a); the published form divides x by softplus(a), which overflows.
-        log_decay = F.logsigmoid(-dt.float())
+        log_decay = -F.softplus(dt.float())
         num_tokens = len(x)
         y = scan(
             x.view(num_tokens, self.num_heads, self.head_dim),
@@ -77,3 +82,21 @@ class DiscreteMamba2Mixer(RecurrentMixer):
             self.D,
         )
         return y.flatten(-2)
+
+    def fusable(self) -> tuple[torch.Tensor | None, ...]:
+        """See the base class."""
+        return self.conv1d.taps, self.conv1d.bias, self.D
+
+    def fused_decode(
+        self,
+        projected: torch.Tensor,
+        dt: torch.Tensor,
+        slots: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """See the base class."""
+        conv_state, ssm_state, _ = self._states()
+        fused_decode.conv_ssd(
+            conv_state, ssm_state, slots, projected, self.conv1d.taps, self.conv1d.bias,
+            self.mixer_activation, dt, self.D, output,
+        )  # fmt: skip

@@ -20,6 +20,7 @@ from vllm_thinkfast.configs import MambaInLlamaConfig
 from vllm_thinkfast.configs.mamba_in_llama import GATED_NORM_EPS
 from vllm_thinkfast.layers.recurrent_mixer import Conv, RecurrentMixer, Scan
 from vllm_thinkfast.layers.sharded import ShortConv, negative_exp_parameter, sharded_parameter
+from vllm_thinkfast.ops import fused_decode
 
 
 class _MambaInLlamaMixer(RecurrentMixer):
@@ -116,13 +117,36 @@ class Mamba1Mixer(_MambaInLlamaMixer):
     ) -> torch.Tensor:
         """See the base class. ``dt`` already holds the bias once."""
         x, B, C = projected.split([self.xb, self.xb, self.width], dim=-1)
-        if self.x_bias is not None:
-            x = x + self.x_bias
-        x = conv(self._repeat(x)) if self.repeat_kv_before_conv else self._repeat(conv(x))
+        x = conv(self._conv_input(x))
+        x = x if self.repeat_kv_before_conv else self._repeat(x)
         # The published code passes dt_proj.bias to the scan as well, after the linear layer added
         # it; the trained weights expect both.
         dt = F.softplus(dt.float() + self.dt_proj.bias.float())
         return scan(x, dt, self.A, self._heads(B), self._heads(C), self.D)
+
+    def _conv_input(self, x: torch.Tensor) -> torch.Tensor:
+        if self.x_bias is not None:
+            x = x + self.x_bias
+        return self._repeat(x) if self.repeat_kv_before_conv else x
+
+    def fusable(self) -> tuple[torch.Tensor | None, ...]:
+        """See the base class."""
+        return self.conv1d.taps, self.conv1d.bias, self.dt_proj.bias, self.A, self.D
+
+    def fused_decode(
+        self,
+        projected: torch.Tensor,
+        dt: torch.Tensor,
+        slots: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """See the base class."""
+        x, B, C = projected.split([self.xb, self.xb, self.width], dim=-1)
+        conv_state, ssm_state, _ = self._states()
+        fused_decode.conv_scan(
+            conv_state, ssm_state, slots, self._conv_input(x), self.conv1d.taps, self.conv1d.bias,
+            self.mixer_activation, dt, self.dt_proj.bias, self.A, B, C, self.D, output,
+        )  # fmt: skip
 
 
 class Mamba2Mixer(_MambaInLlamaMixer):

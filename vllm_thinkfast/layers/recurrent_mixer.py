@@ -7,6 +7,7 @@ cache, and their control flow depends on the batch.
 vLLM puts the decoding sequences (one token each) first in a batch, then the prefills, packed.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,9 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from vllm_thinkfast import compat, state_cache
 from vllm_thinkfast.layers.sharded import ShortConv
+from vllm_thinkfast.ops import fused_decode
 from vllm_thinkfast.ops.backend import choose_backend, load_operator
+from vllm_thinkfast.ops.causal_conv.reference import Activation
 from vllm_thinkfast.ops.state_codec import reference as state_codec
 
 OP_NAME = "thinkfast_mixer"
@@ -37,7 +40,7 @@ class RecurrentMixer(MambaBase, nn.Module):
     scan_operator: str
     """Which operator of ``vllm_thinkfast.ops`` the recurrence is."""
     conv1d: ShortConv
-    mixer_activation: str
+    mixer_activation: Activation
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         """Registers the layer under ``prefix`` so that the op finds it.
@@ -65,9 +68,9 @@ class RecurrentMixer(MambaBase, nn.Module):
         self.has_scales = len(self.state_shapes) > 2
         if self.has_scales:
             state_cache.check_alignment(self.state_shapes, self.state_dtypes)
-        backend = choose_backend(vllm_config.device_config.device.type)
-        self.conv_op = load_operator("causal_conv", backend)
-        self.scan_op = load_operator(self.scan_operator, backend)
+        self.backend = choose_backend(vllm_config.device_config.device.type)
+        self.conv_op = load_operator("causal_conv", self.backend)
+        self.scan_op = load_operator(self.scan_operator, self.backend)
         self.prefix = prefix
         # vLLM replaces this by views into its cache pages, see MambaBase.bind_kv_cache.
         self.kv_cache = tuple(torch.tensor([]) for _ in self.state_shapes)
@@ -116,6 +119,36 @@ class RecurrentMixer(MambaBase, nn.Module):
         """
         raise NotImplementedError
 
+    def fusable(self) -> tuple[torch.Tensor | None, ...] | None:
+        """What ``fused_decode`` reads besides its arguments and states; None: there is none."""
+        return None
+
+    def fused_decode(
+        self,
+        projected: torch.Tensor,
+        dt: torch.Tensor,
+        slots: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """``mix`` for one token per sequence in CPU kernels alone, for float32.
+
+        Args:
+            projected: [S, rows of in_proj], contiguous rows.
+            dt: [S, ...], as ``mix`` gets it, contiguous rows.
+            slots: [S], integer.
+            output: [S, mixer width], written.
+        """
+        raise NotImplementedError
+
+    @functools.cached_property
+    def _fuses_decode(self) -> bool:
+        """Decided at the first decode step, when there are weights and a cache."""
+        tensors = self.fusable()
+        if self.backend != "cpu" or self.has_scales or tensors is None:
+            return False
+        conv_state, ssm_state, _ = self._states()
+        return conv_state.dtype == torch.float32 and fused_decode.can_run(ssm_state, *tensors)
+
     def run(self, projected: torch.Tensor, dt: torch.Tensor, output: torch.Tensor) -> None:
         """Body of the custom op: fills ``output`` [T, mixer width] and updates the state."""
         metadata = get_forward_context().attn_metadata
@@ -130,9 +163,12 @@ class RecurrentMixer(MambaBase, nn.Module):
             self._run_drafts(metadata, projected, dt, output)
         elif num_decode:
             slots = compat.decode_state_indices(metadata)[:num_decode]
-            lengths = metadata.seq_lens[:num_decode] if self.has_scales else None
-            conv, scan = self._decode_functions(slots, lengths)
-            output[:num_decode] = self.mix(projected[:num_decode], dt[:num_decode], conv, scan)
+            rows = projected[:num_decode], dt[:num_decode]
+            if self._fuses_decode and all(t.stride(1) == 1 for t in rows):
+                self.fused_decode(*rows, slots, output[:num_decode])
+            else:
+                lengths = metadata.seq_lens[:num_decode] if self.has_scales else None
+                output[:num_decode] = self.mix(*rows, *self._decode_functions(slots, lengths))
         if metadata.num_prefill_tokens:
             if self.is_speculating:
                 self._move_to_first_slot(metadata)

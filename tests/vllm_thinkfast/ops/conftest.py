@@ -4,11 +4,9 @@ The Triton backend runs on a GPU (marker ``gpu``), or on CPU tensors in Triton's
 TRITON_INTERPRET=1 is set before Triton is imported: ``test_triton_interpreter.py`` runs this folder
 again in such a process.
 
-The CPU backend takes vLLM's kernels for decode steps and for the prefill of one operator; the tests
-of those run again without them ("cpu-torch").
+The CPU backend takes compiled kernels; its tests run again without them ("cpu-torch").
 """
 
-import inspect
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -17,7 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from vllm_thinkfast.ops import vllm_kernels
+from vllm_thinkfast.ops import compiled
 from vllm_thinkfast.ops.backend import load_operator
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -35,29 +33,15 @@ elif torch.cuda.is_available():
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "op" in metafunc.fixturenames:
-        calls = inspect.getsource(metafunc.function)
-        has_scan = metafunc.module.OPERATOR == "discrete_ssd" and "prefill(" in calls
-        backends = [*_BACKENDS, "cpu-torch"] if "decode(" in calls or has_scan else _BACKENDS
-        metafunc.parametrize("backend", backends, indirect=True)
+        metafunc.parametrize("backend", [*_BACKENDS, "cpu-torch"], indirect=True)
 
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "cpu-torch":
-        monkeypatch.setattr(vllm_kernels, "find", lambda name: None)
+        monkeypatch.setattr(compiled, "find", lambda operator: None)
         return "cpu"
-    if request.param == "cpu":
-        request.getfixturevalue("kernels_of_vllm")
     return request.param
-
-
-@pytest.fixture(scope="session")
-def kernels_of_vllm() -> None:
-    """Loads them as an engine does; without a vLLM of this platform there are none to load."""
-    from vllm.platforms import current_platform
-
-    current_platform.import_kernels()
-    vllm_kernels.find.cache_clear()
 
 
 @pytest.fixture

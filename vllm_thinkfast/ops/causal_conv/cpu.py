@@ -2,15 +2,18 @@
 
 The packed tokens of a batch are convolved in blocks that stay in the caches, as if they were one
 sequence; the few tokens whose window crosses a border are computed again with the cached tails.
-Decode steps use vLLM's kernel where the build has it and the dtypes suit it.
+Decode steps use a compiled kernel (``cpu_kernels.py``) where the dtypes suit it.
 """
 
 import torch
 import torch.nn.functional as F
 
-from vllm_thinkfast.ops import vllm_kernels
+from vllm_thinkfast.ops import compiled
 from vllm_thinkfast.ops.causal_conv.reference import Activation
 from vllm_thinkfast.ops.packing import row_blocks
+
+_CHANNELS = 512
+"""Channels of a sequence that one thread computes in a row."""
 
 
 def prefill(
@@ -115,12 +118,9 @@ def decode(
     activation: Activation,
 ) -> torch.Tensor:
     """See ``reference.decode``."""
-    if vllm_kernels.can_update_conv(state, u, weight, activation):
-        kernel = vllm_kernels.find(vllm_kernels.CONV_UPDATE)
-        if kernel is not None:
-            return vllm_kernels.update_conv(
-                kernel, state, state_indices, u, weight, bias, activation
-            )
+    kernel = compiled.find_for("causal_conv", state)
+    if kernel is not None and state.dtype == u.dtype == weight.dtype:
+        return decode_compiled(kernel, state, state_indices, u, weight, bias, activation)
     tails = state.index_select(0, state_indices).float()
     window = torch.cat([tails, u.float()[:, None]], dim=1)  # [S, K, C]
     state[state_indices] = window[:, 1:].to(state.dtype)
@@ -128,3 +128,35 @@ def decode(
     y = window.mul_(weight.float().T.contiguous()).sum(1)
     _finish(y, None if bias is None else bias.float(), activation)
     return y.to(u.dtype)
+
+
+def decode_compiled(
+    kernel: compiled.Kernel,
+    state: torch.Tensor,
+    state_indices: torch.Tensor,
+    u: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: Activation,
+) -> torch.Tensor:
+    """``reference.decode`` by the kernel; all of one dtype, the state with any strides."""
+    C, K = weight.shape
+    S = len(u)
+    assert u.shape == (S, C), (u.shape, weight.shape)
+    assert state.shape[1:] == (K - 1, C), (state.shape, weight.shape)
+    u = u if compiled.has_packed_rows(u) else u.contiguous()
+    weight = weight.contiguous()
+    if bias is not None:
+        assert bias.shape == (C,), bias.shape
+        bias = bias.to(u.dtype).contiguous()
+    slots = state_indices.to(torch.int32)
+    y = torch.empty(S, C, dtype=u.dtype)
+    blocks = -(-C // _CHANNELS)
+    kernel(
+        S * blocks, S * C * K, C, K, blocks,
+        state.data_ptr(), *state.stride(), compiled.DTYPES[state.dtype],
+        *compiled.address_and_stride(slots), u.data_ptr(), u.stride(0),
+        weight.data_ptr(), compiled.address(bias), activation == "silu",
+        y.data_ptr(),
+    )  # fmt: skip
+    return y

@@ -1,19 +1,18 @@
-"""Discrete SSD on CPU: vLLM's kernels where the build has them, torch otherwise.
+"""Discrete SSD on CPU: a compiled kernel (``cpu_kernels.py``), or torch where there is none.
 
-Same functions and arguments as ``reference.py``. vLLM's kernel for whole sequences goes token by
-token with the state in the caches. Ours in torch is the chunked form of section 6 of the Mamba-2
-paper (arXiv 2405.21060): inside a chunk the recurrence is a masked matrix product, between chunks
-only the state travels. Decays enter as differences of cumulated logarithms, which are <= 0, so
-nothing overflows; the cumulation itself is in float64 because logits of +-100 would otherwise cost
-the small decays their digits.
-
-Measured on 2 cores, 4096 tokens, the kernel takes this share of the time of the chunked form: 0.4
-to 0.6 (H 8, P and N 64), 0.7 to 0.9 (H 24, P and N 128), and 0.2 to 0.3 with 64 sequences of 64.
+Same functions and arguments as ``reference.py``. The kernel goes token by token with a head's state
+in the caches. In torch, prefill is the chunked form of section 6 of the Mamba-2 paper (arXiv
+2405.21060): inside a chunk the recurrence is a masked matrix product, between chunks only the state
+travels. Decays enter as differences of cumulated logarithms, which are <= 0, so nothing overflows;
+the cumulation itself is in float64 because logits of +-100 would otherwise cost the small decays
+their digits.
 """
+
+import functools
 
 import torch
 
-from vllm_thinkfast.ops import vllm_kernels
+from vllm_thinkfast.ops import compiled
 from vllm_thinkfast.ops.packing import padded_blocks, row_blocks
 from vllm_thinkfast.ops.state_codec import reference as state_codec
 
@@ -24,10 +23,6 @@ tokens on 2 cores: 27 ms with 32, 32 ms with 64, 51 ms with 128, 94 ms with 256.
 _NO_STATE_LEFT = -200.0
 """Log decays are clamped from below to this: in float32 its exponential is exactly 0, and stronger
 ones (up to -inf) would cost the other decays of the chunk their digits in the cumulated sum."""
-
-_SMALLEST_STEP = 2.0**-26
-"""Step sizes are clamped from below to this for the kernel: exp(-2^-26) is exactly 1 in float32, as
-is that of any smaller step, and x divided by it stays far from overflow."""
 
 
 def prefill(
@@ -40,17 +35,14 @@ def prefill(
     cu_seqlens: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``reference.prefill``."""
-    H = x.shape[1]
-    xf, Bf, Cf = x.float(), B.float(), C.float()
     state = initial_state.float().clone(memory_format=torch.contiguous_format)
-    kernel = vllm_kernels.find(vllm_kernels.SCAN)
-    if kernel is None:
-        y = _prefill_torch(state, xf, log_decay, Bf, Cf, cu_seqlens)
-    else:
-        dt = _step_sizes(log_decay)
-        y = vllm_kernels.scan(kernel, state, xf / dt[..., None], dt, -1.0, Bf, Cf, cu_seqlens)
+    kernel = compiled.find("discrete_ssd")
+    if kernel is not None:
+        return _run_compiled(kernel, state, None, cu_seqlens, x, log_decay, B, C, D), state
+    xf = x.float()
+    y = _prefill_torch(state, xf, log_decay, B.float(), C.float(), cu_seqlens)
     if D is not None:
-        y.addcmul_(D.float().reshape(H, -1), xf)
+        y.addcmul_(D.float().reshape(len(D), -1), xf)
     return y.to(x.dtype), state
 
 
@@ -99,24 +91,63 @@ def decode(
     num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See ``reference.decode``."""
-    H = x.shape[1]
+    kernel = compiled.find_for("discrete_ssd", state)
+    if kernel is not None and compiled.has_packed_rows(state):
+        return _run_compiled(kernel, state, state_indices, None, x, log_decay, B, C, D)
     xf, Bf, Cf = x.float(), B.float(), C.float()
-    kernel = vllm_kernels.find_state_update(state)
-    if kernel is None:
-        y = _decode_torch(state, scales, num_tokens, state_indices, xf, log_decay.float(), Bf, Cf)
-    else:
-        dt = _step_sizes(log_decay)
-        y = vllm_kernels.update_state(
-            kernel, state, state_indices, xf / dt[..., None], dt, -1.0, Bf, Cf
-        )
+    y = _decode_torch(state, scales, num_tokens, state_indices, xf, log_decay.float(), Bf, Cf)
     if D is not None:
-        y.addcmul_(D.float().reshape(H, -1), xf)
+        y.addcmul_(D.float().reshape(len(D), -1), xf)
     return y.to(x.dtype)
 
 
-def _step_sizes(log_decay: torch.Tensor) -> torch.Tensor:
-    """What vLLM's kernels want with A = -1; they multiply x by it, so that x is divided first."""
-    return log_decay.float().neg().clamp_(_SMALLEST_STEP, -_NO_STATE_LEFT)
+def _run_compiled(
+    kernel: compiled.Kernel,
+    state: torch.Tensor,
+    state_indices: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    x: torch.Tensor,
+    log_decay: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+) -> torch.Tensor:
+    """Sequences in these slots, or one in each, with the tokens between offsets, or one each.
+
+    Updates ``state`` [slots, H, P, N], of any float dtype, in place; returns y [T, H, P].
+    """
+    T, H, P = x.shape
+    S = T if cu_seqlens is None else len(cu_seqlens) - 1
+    G, N = B.shape[1:]
+    assert state.shape[1:] == (H, P, N), (state.shape, x.shape, B.shape)
+    assert log_decay.shape == (T, H), log_decay.shape
+    assert C.shape == B.shape, (B.shape, C.shape)
+    assert H % G == 0, (H, G)
+    xf, steps = compiled.float_rows(x), compiled.float_rows(log_decay)
+    Bf, Cf = compiled.float_rows(B), compiled.float_rows(C)
+    slots = None if state_indices is None else state_indices.to(torch.int32)
+    starts = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
+    if D is None:
+        Df, d_head, d_channel = _no_d(), 0, 0
+    else:
+        assert D.shape in ((H,), (H, P)), D.shape
+        Df = D.float()
+        d_head, d_channel = Df.stride(0), Df.stride(1) if Df.dim() == 2 else 0
+    y = torch.empty(x.shape, dtype=torch.float32)
+    kernel(
+        S * H, T * H * P * N, H, P, N, G,
+        state.data_ptr(), state.stride(0), compiled.DTYPES[state.dtype],
+        *compiled.address_and_stride(slots), compiled.address(starts),
+        xf.data_ptr(), xf.stride(0), steps.data_ptr(), steps.stride(0),
+        Bf.data_ptr(), Bf.stride(0), Cf.data_ptr(), Cf.stride(0),
+        Df.data_ptr(), d_head, d_channel, y.data_ptr(), False,
+    )  # fmt: skip
+    return y.to(x.dtype)
+
+
+@functools.cache
+def _no_d() -> torch.Tensor:
+    return torch.zeros(1, device="cpu")
 
 
 def _decode_torch(

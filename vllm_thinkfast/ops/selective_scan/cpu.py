@@ -1,17 +1,14 @@
-"""Mamba-1 selective scan on CPU; same functions and arguments as ``reference.py``.
+"""Mamba-1 selective scan on CPU: a compiled kernel (``cpu_kernels.py``), or torch without one.
 
-vLLM's CPU build has no Mamba-1 prefill scan. Decays differ per channel and state, so there is no
-matrix form; but exponentials and products of a whole block of tokens can be computed at once, and
-what remains sequential is one fused multiply-add per token over all sequences and channels. Decode
-steps use vLLM's kernel for the update behind the decay, where the build has it.
+Same functions and arguments as ``reference.py``. The kernel goes token by token with a head's state
+in the caches. Decays differ per channel and state, so there is no matrix form; but torch computes
+exponentials and products of a whole block of tokens at once, and what remains sequential is one
+fused multiply-add per token over all sequences and channels.
 """
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
-from vllm_thinkfast.ops import vllm_kernels
+from vllm_thinkfast.ops import compiled
 from vllm_thinkfast.ops.packing import padded_blocks, row_blocks
 from vllm_thinkfast.ops.state_codec import reference as state_codec
 
@@ -20,12 +17,6 @@ _BLOCK_BYTES = 2 * 2**20
 for the caches. Measured with E 512, N 16, 4096 tokens in 1 to 16 sequences: 2 MiB is the fastest of
 0.5 to 16 MiB."""
 _MAX_BLOCK = 128
-_GATHER_FROM = 24
-"""Sequences from which a decode step gathers the states for their decay. Measured on 2 cores with
-N 16 and E 384 and 576, against decays in place, row by row: 0.7 to 0.8 times as fast with one
-sequence, 0.9 to 1.1 with 16, 1.1 to 1.3 with 64."""
-_DECODE_BLOCK_BYTES = 8 * 2**20
-"""Size of the states that are gathered at once."""
 
 
 def prefill(
@@ -39,10 +30,28 @@ def prefill(
     cu_seqlens: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``reference.prefill``."""
+    state = initial_state.float().clone(memory_format=torch.contiguous_format)
+    kernel = compiled.find("selective_scan")
+    if kernel is not None:
+        return _run_compiled(kernel, state, None, cu_seqlens, x, dt, A, B, C, D), state
+    y = _prefill_torch(state, x, dt, A, B, C, cu_seqlens)
+    y += D.float() * x.float()
+    return y.to(x.dtype), state
+
+
+def _prefill_torch(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+) -> torch.Tensor:
+    """Whole sequences without D; y [T, E], float32, and ``state`` at their ends."""
     T, E = x.shape
     N = A.shape[1]
     H, G = C.shape[1], B.shape[1]
-    state = initial_state.float().clone()
     y = torch.empty(T, E, dtype=torch.float32, device=x.device)
     num_sequences = max(1, len(cu_seqlens) - 1)
     block = _BLOCK_BYTES // (4 * E * N * num_sequences)
@@ -63,8 +72,7 @@ def prefill(
         per_head = states.view(Q, S, H, E // H, N)
         yb = (per_head @ C[tokens_t].float()[..., None]).view(Q, S, E)
         y[tokens_t[is_real_t]] = yb[is_real_t]
-    y += D.float() * x.float()
-    return y.to(x.dtype), state
+    return y
 
 
 def decode(
@@ -80,66 +88,55 @@ def decode(
     num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See ``reference.decode``."""
+    kernel = compiled.find_for("selective_scan", state)
+    if kernel is not None and compiled.has_packed_rows(state):
+        return _run_compiled(kernel, state, state_indices, None, x, dt, A, B, C, D)
     xf, dtf, Bf, Cf = x.float(), dt.float(), B.float(), C.float()
-    kernel = vllm_kernels.find_state_update(state)
-    if kernel is None:
-        y = _decode_torch(state, scales, num_tokens, state_indices, dtf * xf, dtf, A, Bf, Cf)
-    else:
-        y = _decode_kernel(kernel, state, state_indices, dtf * xf, dtf, A, Bf, Cf)
+    y = _decode_torch(state, scales, num_tokens, state_indices, dtf * xf, dtf, A, Bf, Cf)
     return y.addcmul_(D.float(), xf).to(x.dtype)
 
 
-def _decode_kernel(
-    kernel: Callable[..., Any],
+def _run_compiled(
+    kernel: compiled.Kernel,
     state: torch.Tensor,
-    state_indices: torch.Tensor,
-    dtx: torch.Tensor,
+    state_indices: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    x: torch.Tensor,
     dt: torch.Tensor,
     A: torch.Tensor,
     B: torch.Tensor,
     C: torch.Tensor,
+    D: torch.Tensor,
 ) -> torch.Tensor:
-    """One token per sequence without D, all inputs float32, dtx = dt x; y [S, E].
+    """Sequences in these slots, or one in each, with the tokens between offsets, or one each.
 
-    The kernel knows one decay per head, so torch applies Mamba-1's beforehand: to views of the
-    cache's rows where they are few, which one thread does, else to gathered ones, which all do.
-    Both give the same bits, so that a token does not depend on the other sequences.
+    Updates ``state`` [slots, E, N], of any float dtype, in place; returns y [T, E].
     """
-    S, E = dtx.shape
-    H, G, N = C.shape[1], B.shape[1], A.shape[1]
+    T, E = x.shape
+    S = T if cu_seqlens is None else len(cu_seqlens) - 1
+    H, N = C.shape[1:]
+    G = B.shape[1]
+    assert state.shape[1:] == A.shape == (E, N), (state.shape, A.shape, x.shape, C.shape)
+    assert dt.shape == x.shape, (dt.shape, x.shape)
+    assert B.shape == (T, G, N), (B.shape, C.shape)
+    assert D.shape == (E,), D.shape
+    assert E % H == 0, (E, H)
     assert H % G == 0, (H, G)
-    inputs = dtx.view(S, H, E // H)
-    Bh = B[:, :, None].expand(S, G, H // G, N).reshape(S, H, N)
-    if S < _GATHER_FROM:
-        decay = torch.mul(dt[:, :, None], A).exp_()
-        torch._foreach_mul_([state[slot] for slot in state_indices.tolist()], decay.unbind(0))
-        return _add_inputs(kernel, state, state_indices, inputs, Bh, C)
-    y = torch.empty(S, E, dtype=torch.float32)
-    for rows in row_blocks(S, 4 * E * N, _DECODE_BLOCK_BYTES):
-        slots = state_indices[rows].long()
-        num = len(slots)
-        gathered = torch.empty(1 + num, E, N, dtype=torch.float32)  # the kernel skips row 0
-        h = gathered[1:]
-        torch.mul(dt[rows, :, None], A, out=h).exp_().mul_(state.index_select(0, slots))
-        numbers = torch.arange(1, 1 + num, dtype=torch.int32)
-        y[rows] = _add_inputs(kernel, gathered, numbers, inputs[rows], Bh[rows], C[rows])
-        state.index_copy_(0, slots, h)
-    return y
-
-
-def _add_inputs(
-    kernel: Callable[..., Any],
-    state: torch.Tensor,
-    slots: torch.Tensor,
-    inputs: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-) -> torch.Tensor:
-    """h += inputs (outer) B in place, y = h C; inputs [S, H, P], B and C [S, H, N], y [S, E]."""
-    S, H, P = inputs.shape
-    heads = state.unflatten(1, (H, P))
-    steps = inputs.new_ones(S, H)
-    return vllm_kernels.update_state(kernel, heads, slots, inputs, steps, 0.0, B, C).view(S, H * P)
+    xf, dtf = compiled.float_rows(x), compiled.float_rows(dt)
+    Bf, Cf = compiled.float_rows(B), compiled.float_rows(C)
+    Af, Df = A.float().contiguous(), D.float().contiguous()
+    slots = None if state_indices is None else state_indices.to(torch.int32)
+    starts = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
+    y = torch.empty(T, E, dtype=torch.float32)
+    kernel(
+        S * H, T * E * N, H, E // H, N, G,
+        state.data_ptr(), state.stride(0), compiled.DTYPES[state.dtype],
+        *compiled.address_and_stride(slots), compiled.address(starts),
+        xf.data_ptr(), xf.stride(0), dtf.data_ptr(), dtf.stride(0), Af.data_ptr(),
+        Bf.data_ptr(), Bf.stride(0), Cf.data_ptr(), Cf.stride(0),
+        Df.data_ptr(), y.data_ptr(), H, 0, 0,
+    )  # fmt: skip
+    return y.to(x.dtype)
 
 
 def _decode_torch(
