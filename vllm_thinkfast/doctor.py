@@ -14,7 +14,7 @@ from vllm_thinkfast.ops.backend import OPERATORS, choose_backend, load_operator
 
 ENTRY_POINT_GROUP = "vllm.general_plugins"
 ENTRY_POINT_NAME = "thinkfast"
-_SHOWN = ("torch", "transformers", "triton", "lm-eval", "math-verify")
+_SHOWN = ("torch", "transformers", "triton", "numba", "lm-eval", "math-verify")
 # PyPI's builds of these are made for the CUDA torch; vLLM imports them if they are there.
 _BREAK_CPU_VLLM = ("torchvision", "torchaudio", "torchcodec")
 
@@ -153,6 +153,13 @@ def _check_torch(found: Diagnosis) -> None:
             Problem(
                 f"{envs.OPS_BACKEND}=triton, but there is no GPU to run Triton on",
                 f"unset {envs.OPS_BACKEND}",
+            )
+        )
+    if backend == "cpu" and importlib.util.find_spec("numba") is None:
+        found.problems.append(
+            Problem(
+                "numba is not installed: on a CPU decode steps use plain torch, which is slower",
+                f"{sys.executable} -m pip install numba",
             )
         )
     for operator in OPERATORS:

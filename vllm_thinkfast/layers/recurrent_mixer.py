@@ -23,7 +23,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from vllm_thinkfast import compat, state_cache
 from vllm_thinkfast.layers.sharded import ShortConv
-from vllm_thinkfast.ops import fused_decode
+from vllm_thinkfast.ops import compiled, fused_decode
 from vllm_thinkfast.ops.backend import choose_backend, load_operator
 from vllm_thinkfast.ops.causal_conv.reference import Activation
 from vllm_thinkfast.ops.state_codec import reference as state_codec
@@ -71,6 +71,9 @@ class RecurrentMixer(MambaBase, nn.Module):
         self.backend = choose_backend(vllm_config.device_config.device.type)
         self.conv_op = load_operator("causal_conv", self.backend)
         self.scan_op = load_operator(self.scan_operator, self.backend)
+        if self.backend == "cpu":
+            for operator in ("causal_conv", self.scan_operator):
+                compiled.find(operator)  # compiles now rather than in the first step
         self.prefix = prefix
         # vLLM replaces this by views into its cache pages, see MambaBase.bind_kv_cache.
         self.kv_cache = tuple(torch.tensor([]) for _ in self.state_shapes)
@@ -147,7 +150,7 @@ class RecurrentMixer(MambaBase, nn.Module):
         if self.backend != "cpu" or self.has_scales or tensors is None:
             return False
         conv_state, ssm_state, _ = self._states()
-        return conv_state.dtype == torch.float32 and fused_decode.can_run(ssm_state, *tensors)
+        return fused_decode.can_run(conv_state, ssm_state, *tensors)
 
     def run(self, projected: torch.Tensor, dt: torch.Tensor, output: torch.Tensor) -> None:
         """Body of the custom op: fills ``output`` [T, mixer width] and updates the state."""
@@ -164,6 +167,7 @@ class RecurrentMixer(MambaBase, nn.Module):
         elif num_decode:
             slots = compat.decode_state_indices(metadata)[:num_decode]
             rows = projected[:num_decode], dt[:num_decode]
+            # Inside a compiled graph rows may have other strides; fused_decode asserts them.
             if self._fuses_decode and all(t.stride(1) == 1 for t in rows):
                 self.fused_decode(*rows, slots, output[:num_decode])
             else:

@@ -5,7 +5,6 @@ from types import ModuleType
 from typing import Literal, get_args
 
 from vllm_thinkfast import envs
-from vllm_thinkfast.ops import compiled
 
 Backend = Literal["cpu", "triton", "reference"]
 OPERATORS = ("discrete_ssd", "selective_scan", "causal_conv")
@@ -43,6 +42,4 @@ def choose_backend(device_type: str) -> Backend:
 def load_operator(operator: str, backend: Backend) -> ModuleType:
     """The module that implements an operator in a backend."""
     assert operator in OPERATORS, operator
-    if backend == "cpu":
-        compiled.find(operator)  # compiles, so that the first step need not
     return importlib.import_module(f"vllm_thinkfast.ops.{operator}.{backend}")

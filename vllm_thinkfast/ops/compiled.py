@@ -22,7 +22,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 _CHUNKS_PER_THREAD = 4
-"""Chunks are of equal work; more than one per thread, because other processes slow threads down."""
+"""Of items of equal work. More than one, because other processes slow threads down."""
 _MIN_PARALLEL_WORK = 2**15
 """Below this many elements one thread alone is faster: waking the others costs about 5 us."""
 
@@ -45,16 +45,17 @@ class Kernel:
         self._serial = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
         self._parallel = parallel
 
-    def __call__(self, items: int, work: int, *arguments: int) -> None:
+    def __call__(self, items: int, work: int, *arguments: int, is_even: bool = True) -> None:
         """Runs the kernel for all items and waits for it.
 
         Args:
-            items: independent pieces of equal work, at least as many as threads are useful.
+            items: independent pieces of work, at least as many as threads are useful.
             work: elements that are touched by all of them together.
             arguments: pointers and sizes; what they point to must be kept alive by the caller.
+            is_even: whether all items are of the same work; otherwise threads take single ones.
         """
         threads = torch.get_num_threads() if work >= _MIN_PARALLEL_WORK else 1
-        chunks = 1 if threads == 1 else min(items, threads * _CHUNKS_PER_THREAD)
+        chunks = min(items, threads * _CHUNKS_PER_THREAD) if is_even else items
         packed = (ctypes.c_int64 * (NUM_HEADER + len(arguments)))(0, chunks, items, *arguments)
         if threads == 1:
             self._serial(packed)
@@ -71,25 +72,27 @@ def find(operator: str) -> Kernel | None:
     Args:
         operator: a name of ``backend.OPERATORS``.
     """
-    try:
-        cpu_kernels = importlib.import_module("vllm_thinkfast.ops.cpu_kernels")
-    except ImportError as error:
-        logger.warning("On CPU: %s uses torch (%s).", operator, error)
-        return None
     parallel = _find_parallel()
     if parallel is None:
-        logger.warning(
-            "On CPU: %s uses torch, whose OpenMP library has no %s.",
-            operator, _PARALLEL,
-        )  # fmt: skip
+        logger.warning("On CPU: %s uses torch, for want of %s.", operator, _PARALLEL)
+        return None
+    try:
+        cpu_kernels = importlib.import_module("vllm_thinkfast.ops.cpu_kernels")
+    # Missing, switched off by NUMBA_DISABLE_JIT, without its compiler: torch serves all the same.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        logger.warning("On CPU: %s uses torch, numba does not compile (%s).", operator, reason)
         return None
     logger.info("On CPU: using the compiled kernel of %s.", operator)
     return Kernel(getattr(cpu_kernels, operator).address, parallel)
 
 
-def find_for(operator: str, cache: torch.Tensor) -> Kernel | None:
-    """The kernel if it takes this cache [slots, ...]: a float dtype; the layout is the caller's."""
-    return find(operator) if cache.dtype in DTYPES else None
+def find_for(operator: str, state: torch.Tensor) -> Kernel | None:
+    """The kernel if it takes these states [slots, ...]: on CPU, of a float dtype.
+
+    Their strides are the caller's affair.
+    """
+    return find(operator) if state.device.type == "cpu" and state.dtype in DTYPES else None
 
 
 def implementation(operator: str) -> Literal["compiled", "torch"]:

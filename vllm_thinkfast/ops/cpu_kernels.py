@@ -10,6 +10,7 @@ All kernels are in one file because numba's cache on disk notices only changes o
 kernel is in.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,14 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from vllm_thinkfast.ops.compiled import BFLOAT16, FLOAT32, NUM_HEADER
+from vllm_thinkfast.ops import compiled
+
+# Numbers of their own for the same reason; here they are part of the machine code.
+NUM_HEADER, FLOAT32, BFLOAT16, FLOAT16 = 3, 0, 1, 2
+assert NUM_HEADER == compiled.NUM_HEADER
+assert (FLOAT32, BFLOAT16, FLOAT16) == (compiled.FLOAT32, compiled.BFLOAT16, compiled.FLOAT16)
+
+logger = logging.getLogger(__name__)
 
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _FLOAT, _HALF = ir.FloatType(), ir.HalfType()
@@ -113,7 +121,7 @@ def _times_power_of_two(context: Any, value: Any, shifted: Any) -> Any:
 
 
 _f32 = np.float32
-_ZERO, _ONE, _TWO = _f32(0.0), _f32(1.0), _f32(2.0)
+_ZERO, _ONE, _TWO, _INFINITY = _f32(0.0), _f32(1.0), _f32(2.0), _f32(np.inf)
 _ATANH3, _ATANH5, _ATANH7, _ATANH9 = _f32(1 / 3), _f32(1 / 5), _f32(1 / 7), _f32(1 / 9)
 _ATANH11, _ATANH13, _ATANH15 = _f32(1 / 11), _f32(1 / 13), _f32(1 / 15)
 _SHIFTER = _f32(1.5 * 2**23)  # adding it rounds to an integer
@@ -132,30 +140,39 @@ _reassociated = numba.njit(fastmath={"contract", "reassoc", "nsz"}, error_model=
 
 def _kernel(function: Callable[[Any], None]) -> Any:
     """Compiles ``function`` (address of the arguments, see ``compiled.Kernel``) to a C function."""
-    compiler = numba.cfunc("void(int64)", error_model="numpy", cache=True)
     try:
-        return compiler(function)
-    except RuntimeError:  # no folder that the cache could be written to
-        return numba.cfunc("void(int64)", error_model="numpy")(function)
+        return numba.cfunc("void(int64)", error_model="numpy", cache=True)(function)
+    # No folder to write to, a full disk, files that cannot be read: RuntimeError, OSError, EOFError
+    # and others. What is wrong with the function itself comes again without the cache.
+    except Exception as error:
+        kernel = numba.cfunc("void(int64)", error_model="numpy")(function)
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        logger.warning(
+            "On CPU: %s was compiled, but numba cannot keep it on disk for the next start (%s); "
+            "NUMBA_CACHE_DIR names another folder.",
+            function.__name__, reason,
+        )  # fmt: skip
+        return kernel
 
 
 # Contraction only: reassociation would undo the two-part reduction.
 @_contracted
 def _exp(x: Any) -> Any:
-    """exp of a float32 to 2 units in the last place; 0 below e^-86, e^88 at most, NaN stays NaN.
+    """exp of a float32 to 2 units in the last place; 0 below e^-86, inf above e^88.
 
     numba's own is a library call per element unless Intel's vector library is installed; LLVM
     vectorises this one for the machine at hand.
     """
-    is_zero = x < _MIN_EXP
-    x = _MIN_EXP if is_zero else x
-    x = _MAX_EXP if x > _MAX_EXP else x
-    shifted = x * _LOG2_E + _SHIFTER
+    limited = _MIN_EXP if x < _MIN_EXP else x
+    limited = _MAX_EXP if limited > _MAX_EXP else limited
+    shifted = limited * _LOG2_E + _SHIFTER
     n = shifted - _SHIFTER
-    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+    r = (limited - n * _LN2_HIGH) - n * _LN2_LOW
     p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
     power = _times_power_of_two(p * (r * r) + r + _ONE, shifted)
-    return _ZERO if is_zero else power
+    power = _ZERO if x < _MIN_EXP else power
+    power = _INFINITY if x > _MAX_EXP else power
+    return x if x != x else power  # NaN
 
 
 @_contracted
@@ -239,7 +256,7 @@ def discrete_ssd(arguments: Any) -> None:
         for item in range(first_item, end_item):
             s, h = item // H, item % H
             slot = _load_int32(slots, s * slots_stride) if slots else s
-            if slots and slot == 0:
+            if slots and slot <= 0:
                 continue
             first, group = slot * slot_stride + h * P * N, h * G // H * N
             D_of_head = D + 4 * h * D_head
@@ -310,7 +327,7 @@ def selective_scan(arguments: Any) -> None:
         for item in range(first_item, end_item):
             s, h = item // H, item % H
             slot = _load_int32(slots, s * slots_stride) if slots else s
-            if slots and slot == 0:
+            if slots and slot <= 0:
                 continue
             first, group = slot * slot_stride + h * P * N, h * G // H * N
             A_head, D_head = A + 4 * h * P * N, D + 4 * h * P
@@ -397,7 +414,7 @@ def causal_conv(arguments: Any) -> None:
         for item in range(first_item, end_item):
             s, block = item // blocks, item % blocks
             slot = _load_int32(slots, s * slots_stride)
-            if slot == 0:
+            if slot <= 0:
                 continue
             begin, end = block * C // blocks, (block + 1) * C // blocks
             first = slot * slot_stride

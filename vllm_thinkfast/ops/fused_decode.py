@@ -1,11 +1,12 @@
-"""Decode steps of whole mixers on CPU, from the projections to the gate: two kernels and no torch.
+"""Decode steps of whole mixers on CPU, from the convolution to the gate: two kernels.
 
 Convolution, step sizes or decays, state update and output, for the mixers whose parts in between
 are few. The kernels are those of the operators (``cpu_kernels.py``). With few sequences most of a
 layer's time would otherwise go into small tensors and calls of torch.
 
-All tensors are float32; ``can_run`` says whether they are. Shapes: S sequences, H heads, G groups,
-P channels per head, N ssm_state_size, C convolved channels, K conv_kernel.
+All tensors are float32; ``can_run`` says it of states and weights, assertions of the rest. Shapes:
+S sequences, H heads, G groups, P channels per head, N ssm_state_size, C convolved channels, K
+conv_kernel.
 """
 
 import torch
@@ -15,13 +16,17 @@ from vllm_thinkfast.ops.causal_conv.cpu import decode_compiled as convolve
 from vllm_thinkfast.ops.causal_conv.reference import Activation
 
 
-def can_run(*tensors: torch.Tensor | None) -> bool:
+def can_run(
+    conv_state: torch.Tensor, ssm_state: torch.Tensor, *weights: torch.Tensor | None
+) -> bool:
     """Whether these states and weights suit the functions here, and there are kernels."""
     operators = ("causal_conv", "discrete_ssd", "selective_scan")
-    if any(compiled.find(operator) is None for operator in operators):
+    if any(compiled.find_for(operator, ssm_state) is None for operator in operators):
         return False
-    return all(
-        t is None or (t.dtype == torch.float32 and compiled.has_packed_rows(t)) for t in tensors
+    return (
+        conv_state.dtype == ssm_state.dtype == torch.float32
+        and compiled.has_packed_rows(ssm_state)
+        and all(w is None or (w.dtype == torch.float32 and w.is_contiguous()) for w in weights)
     )
 
 
@@ -54,9 +59,14 @@ def conv_ssd(
     S, C = u.shape
     H, P, N = ssm_state.shape[1:]
     assert logits.shape == (S, H), logits.shape
+    assert D.shape == (H,), D.shape
+    _check_rows(u, logits)
+    assert output.shape == (S, H * P), output.shape
+    assert output.is_contiguous()
     slots = slots.to(torch.int32)
     xBC = convolve(_kernel("causal_conv"), conv_state, slots, u, weight, bias, activation)
     bc = (C - H * P) // 2
+    assert H % (bc // N) == 0, (H, bc, N)
     x = xBC.data_ptr()
     x_end, B_end = x + 4 * H * P, x + 4 * (H * P + bc)
     _kernel("discrete_ssd")(
@@ -108,9 +118,14 @@ def conv_scan(
     P = E // H
     assert ssm_state.shape[1:] == A.shape == (H * P, N), (ssm_state.shape, A.shape, dt.shape)
     assert len(x) == len(B) == len(C) == S, (x.shape, B.shape, C.shape, dt.shape)
+    assert H % G == 0, (H, G)
+    assert D.shape == dt_bias.shape == (E,), (D.shape, dt_bias.shape)
+    _check_rows(x, dt, B, C)
+    assert output.shape == (S, E), output.shape
+    assert output.is_contiguous()
     slots = slots.to(torch.int32)
     x = convolve(_kernel("causal_conv"), conv_state, slots, x, weight, bias, activation)
-    steps = torch.empty(S, E)
+    steps = torch.empty(S, E, dtype=torch.float32, device=dt.device)
     _kernel("selective_scan")(
         S * H, S * E * N, H, P, N, G,
         ssm_state.data_ptr(), ssm_state.stride(0), compiled.FLOAT32,
@@ -119,6 +134,12 @@ def conv_scan(
         B.data_ptr(), B.stride(0), C.data_ptr(), C.stride(0),
         D.data_ptr(), output.data_ptr(), x.shape[1] // P, dt_bias.data_ptr(), steps.data_ptr(),
     )  # fmt: skip
+
+
+def _check_rows(*tensors: torch.Tensor) -> None:
+    for t in tensors:
+        assert t.dtype == torch.float32, t.dtype
+        assert compiled.has_packed_rows(t), (t.shape, t.stride())
 
 
 def _kernel(operator: str) -> compiled.Kernel:

@@ -229,6 +229,28 @@ def test_decode_dtypes_and_paged_cache(op, dtype, cache_dtype):
     assert torch.equal(cache[[0, 4]], before[[0, 4]])
 
 
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode_layouts(op, dtype, kernel, is_transposed):
+    """All of one dtype; VLLM_SSM_CONV_STATE_LAYOUT=DS makes the taps the contiguous dimension."""
+    channels = 1100
+    u, conv = inputs(3, channels, dtype=dtype), parameters(channels, kernel, dtype=dtype)
+    values = torch.randn(5, kernel - 1, channels).to(dtype)
+    cache = (
+        values.mT.clone(memory_format=torch.contiguous_format).mT
+        if is_transposed
+        else values.clone()
+    )
+    slots = torch.tensor([4, 1, 2])
+    y = op.decode(cache, slots, u, *conv)
+    for s, slot in enumerate(slots.tolist()):
+        expected_y, tail = expected(u[s : s + 1], *conv, values[slot])
+        assert_close(y[s : s + 1], expected_y, "operator")
+        assert_close(cache[slot], tail, "operator")
+    assert torch.equal(cache[[0, 3]], values[[0, 3]])
+
+
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 def test_beyond_int32(op, index_dtype):
     """The offset of slot 3 is more than 2^31 elements."""

@@ -1,6 +1,8 @@
 """The compiled CPU kernels as such; what they compute is tested with the operators."""
 
 import logging
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -52,19 +54,33 @@ def test_without_numba(fresh_choice, monkeypatch, caplog):
     assert "numba" in record.message
 
 
+def test_with_numba_switched_off(tmp_path):
+    """In a process of its own: numba reads the variable when it is imported."""
+    code = "from vllm_thinkfast.ops import compiled\nprint(compiled.implementation('discrete_ssd'))"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"NUMBA_DISABLE_JIT": "1", "NUMBA_CACHE_DIR": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert result.stdout.split() == ["torch"]
+    assert "numba does not compile" in result.stderr
+
+
 def test_without_openmp(fresh_choice, monkeypatch, caplog):
     monkeypatch.setattr(compiled, "_PARALLEL", "no_such_function")
     assert compiled.implementation("causal_conv") == "torch"
     assert "no_such_function" in caplog.text
 
 
-def test_without_a_folder_for_numbas_cache(monkeypatch):
-    """numba refuses to cache then; the kernel is compiled all the same."""
+@pytest.mark.parametrize("error", [RuntimeError("no locator"), OSError(28, "No space"), EOFError()])
+@pytest.mark.parametrize("step", ["__init__", "save_overload", "load_overload"])
+def test_without_numbas_cache(monkeypatch, caplog, step, error):
+    """Whatever keeps it from the disk, the kernel is compiled all the same, and a line says so."""
 
-    def no_locator(cache, function):
-        raise RuntimeError(f"cannot cache function {function}: no locator available")
+    def fail(*arguments):
+        raise error
 
-    monkeypatch.setattr("numba.core.caching.CacheImpl.__init__", no_locator)
+    monkeypatch.setattr(f"numba.core.caching.Cache.{step}", fail)
 
     def count(arguments):
         cpu_kernels._take_number(arguments)
@@ -73,6 +89,16 @@ def test_without_a_folder_for_numbas_cache(monkeypatch):
     number = np.array([5])
     kernel.ctypes(number.ctypes.data)
     assert number[0] == 6
+    [record] = caplog.records
+    assert "count was compiled, but numba cannot keep it" in record.message
+    assert type(error).__name__ in record.message
+
+
+def test_states_on_another_device_are_left_to_torch():
+    for operator in OPERATORS:
+        assert compiled.find_for(operator, torch.empty(2, 3)) is not None
+        assert compiled.find_for(operator, torch.empty(2, 3, device="meta")) is None
+        assert compiled.find_for(operator, torch.empty(2, 3, dtype=torch.int8)) is None
 
 
 def test_exponential():
@@ -83,10 +109,11 @@ def test_exponential():
     ulps = np.abs(got - exact)[inside] / np.spacing(exact[inside].astype(np.float32))
     assert ulps.max() < 2
     assert (got[x < -86] == 0).all()
-    assert (got[x > 88] == cpu_kernels._exp(np.float32(88))).all()
+    assert (got[x > 88] == np.inf).all()
     infinity = np.float32("inf")
     assert cpu_kernels._exp(-infinity) == 0
-    assert np.isnan(cpu_kernels._exp(np.float32("nan")))
+    for bits in (0x7FC00000, 0x7FFFFFFF, 0xFFC00001):
+        assert np.isnan(cpu_kernels._exp(np.uint32(bits).view(np.float32)))
 
 
 def test_softplus():
@@ -97,7 +124,7 @@ def test_softplus():
     assert np.isnan(cpu_kernels._softplus(np.float32("nan")))
 
 
-def _decode_inputs(operator, num_sequences=3):
+def _decode_inputs(operator, num_sequences=3, conv_channels=4):
     """(cache values with two slots more, arguments behind the slots)."""
     torch.manual_seed(0)
     S, H, P, G, N = num_sequences, 4, 6, 2, 11
@@ -111,7 +138,8 @@ def _decode_inputs(operator, num_sequences=3):
             torch.randn(S, H * P), torch.rand(S, H * P), -torch.rand(H * P, N), B,
             torch.randn(S, H, N), torch.randn(H * P),
         )  # fmt: skip
-    return torch.randn(S + 2, 3, H), (torch.randn(S, H), torch.randn(H, 4), torch.randn(H), "silu")
+    C = conv_channels
+    return torch.randn(S + 2, 3, C), (torch.randn(S, C), torch.randn(C, 4), torch.randn(C), "silu")
 
 
 def _rows(operator, arguments, part):
@@ -141,7 +169,7 @@ def test_decode_rows_depend_on_neither_neighbours_nor_threads(operator, threads,
     """Bit for bit: scheduling must not change tokens. Slot 0 may come more than once."""
     monkeypatch.setattr(compiled, "_MIN_PARALLEL_WORK", 0)
     S = 40
-    values, arguments = _decode_inputs(operator, S)
+    values, arguments = _decode_inputs(operator, S, conv_channels=1100)
     decode = load_operator(operator, "cpu").decode
     slots = torch.randperm(S + 1)[:S] + 1
     slots[[5, 30, 31]] = 0

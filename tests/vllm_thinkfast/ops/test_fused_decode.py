@@ -44,10 +44,11 @@ def test_conv_ssd(H, G, P, N, K, has_bias, activation):
         B.view(S, G, N), C_rows.view(S, G, N), D,
     )  # fmt: skip
     y = torch.full((S, H * P), float("nan"))
-    assert fused_decode.can_run(states[1], weight, bias, D)
+    assert fused_decode.can_run(*states, weight, bias, D)
     fused_decode.conv_ssd(
         *states, SLOTS, non_contiguous(u), weight, bias, activation, non_contiguous(logits), D, y
     )
+    assert y[~REAL].isnan().all()
     check(states, expected_states, y, expected.flatten(1))
 
 
@@ -70,18 +71,25 @@ def test_conv_scan(H, G, N, K, repeats_before_conv):
         B.view(S, G, N), C.view(S, H, N), D,
     )  # fmt: skip
     y = torch.full((S, E), float("nan"))
-    assert fused_decode.can_run(states[1], weight, bias, dt_bias, A, D)
+    assert fused_decode.can_run(*states, weight, bias, dt_bias, A, D)
     fused_decode.conv_scan(
         *states, SLOTS, non_contiguous(x), weight, bias, "silu", non_contiguous(dt), dt_bias, A,
         non_contiguous(B), non_contiguous(C), D, y,
     )  # fmt: skip
+    assert y[~REAL].isnan().all()
     check(states, expected_states, y, expected)
 
 
 def test_can_run(monkeypatch):
-    t = torch.ones(3, 4)
-    assert fused_decode.can_run(t, None, t[0])
-    assert not fused_decode.can_run(t, t.bfloat16())
-    assert not fused_decode.can_run(t.view(3, 2, 2).transpose(1, 2))
+    conv, ssm, w = torch.ones(3, 3, 4), torch.ones(3, 2, 2), torch.ones(5, 4)
+    assert fused_decode.can_run(conv, ssm, None, w, w[0])
+    assert fused_decode.can_run(conv.mT, ssm)
+    for other in (torch.ones(3, 3, 4).bfloat16(), conv.to("meta")):
+        assert not fused_decode.can_run(other, other)
+    assert not fused_decode.can_run(conv.bfloat16(), ssm)
+    assert not fused_decode.can_run(conv, ssm.mT)
+    assert not fused_decode.can_run(conv, ssm, w.bfloat16())
+    assert not fused_decode.can_run(conv, ssm, w[:, :2])
+    assert not fused_decode.can_run(conv, ssm, w[:, 0])
     monkeypatch.setattr(compiled, "find", lambda operator: None)
-    assert not fused_decode.can_run(t)
+    assert not fused_decode.can_run(conv, ssm)

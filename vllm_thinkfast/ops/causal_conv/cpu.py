@@ -150,7 +150,8 @@ def decode_compiled(
         assert bias.shape == (C,), bias.shape
         bias = bias.to(u.dtype).contiguous()
     slots = state_indices.to(torch.int32)
-    y = torch.empty(S, C, dtype=u.dtype)
+    assert len(slots) == S, (slots.shape, u.shape)
+    y = torch.empty(S, C, dtype=u.dtype, device=u.device)
     blocks = -(-C // _CHANNELS)
     kernel(
         S * blocks, S * C * K, C, K, blocks,

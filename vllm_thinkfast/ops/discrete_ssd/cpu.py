@@ -36,7 +36,7 @@ def prefill(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``reference.prefill``."""
     state = initial_state.float().clone(memory_format=torch.contiguous_format)
-    kernel = compiled.find("discrete_ssd")
+    kernel = compiled.find_for("discrete_ssd", state)
     if kernel is not None:
         return _run_compiled(kernel, state, None, cu_seqlens, x, log_decay, B, C, D), state
     xf = x.float()
@@ -127,13 +127,15 @@ def _run_compiled(
     Bf, Cf = compiled.float_rows(B), compiled.float_rows(C)
     slots = None if state_indices is None else state_indices.to(torch.int32)
     starts = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
+    assert (len(state) if slots is None else len(slots)) == S, (S, state.shape, state_indices)
+    assert starts is None or starts[-1] <= T, (starts, T)
     if D is None:
         Df, d_head, d_channel = _no_d(), 0, 0
     else:
         assert D.shape in ((H,), (H, P)), D.shape
         Df = D.float()
         d_head, d_channel = Df.stride(0), Df.stride(1) if Df.dim() == 2 else 0
-    y = torch.empty(x.shape, dtype=torch.float32)
+    y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     kernel(
         S * H, T * H * P * N, H, P, N, G,
         state.data_ptr(), state.stride(0), compiled.DTYPES[state.dtype],
@@ -141,6 +143,7 @@ def _run_compiled(
         xf.data_ptr(), xf.stride(0), steps.data_ptr(), steps.stride(0),
         Bf.data_ptr(), Bf.stride(0), Cf.data_ptr(), Cf.stride(0),
         Df.data_ptr(), d_head, d_channel, y.data_ptr(), False,
+        is_even=starts is None,
     )  # fmt: skip
     return y.to(x.dtype)
 

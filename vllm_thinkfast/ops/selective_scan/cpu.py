@@ -31,7 +31,7 @@ def prefill(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``reference.prefill``."""
     state = initial_state.float().clone(memory_format=torch.contiguous_format)
-    kernel = compiled.find("selective_scan")
+    kernel = compiled.find_for("selective_scan", state)
     if kernel is not None:
         return _run_compiled(kernel, state, None, cu_seqlens, x, dt, A, B, C, D), state
     y = _prefill_torch(state, x, dt, A, B, C, cu_seqlens)
@@ -127,7 +127,9 @@ def _run_compiled(
     Af, Df = A.float().contiguous(), D.float().contiguous()
     slots = None if state_indices is None else state_indices.to(torch.int32)
     starts = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
-    y = torch.empty(T, E, dtype=torch.float32)
+    assert (len(state) if slots is None else len(slots)) == S, (S, state.shape, state_indices)
+    assert starts is None or starts[-1] <= T, (starts, T)
+    y = torch.empty(T, E, dtype=torch.float32, device=x.device)
     kernel(
         S * H, T * E * N, H, E // H, N, G,
         state.data_ptr(), state.stride(0), compiled.DTYPES[state.dtype],
@@ -135,6 +137,7 @@ def _run_compiled(
         xf.data_ptr(), xf.stride(0), dtf.data_ptr(), dtf.stride(0), Af.data_ptr(),
         Bf.data_ptr(), Bf.stride(0), Cf.data_ptr(), Cf.stride(0),
         Df.data_ptr(), y.data_ptr(), H, 0, 0,
+        is_even=starts is None,
     )  # fmt: skip
     return y.to(x.dtype)
 
