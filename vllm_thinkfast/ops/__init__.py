@@ -11,5 +11,7 @@ operator            what
 ==================  ===============================================================================
 
 Every operator has two entry points with the same arguments in every backend: one for packed whole
-sequences (prefill), one for a single token per sequence (decode).
+sequences (prefill), one for a single token per sequence (decode). On CPU they run the kernels of
+``cpu_kernels.py``, or torch where those cannot be had; ``fused_decode.py`` joins two of them to the
+decode step of a whole mixer.
 """
