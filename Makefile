@@ -2,7 +2,8 @@
 # `make tiny` trains the models in thinkfast/ again, `make tiny-study` measures what their recipes pay,
 # `make paper` compares them under a time budget.
 #
-# PYTHON    interpreter for .venv (3.10 or newer; the resolved package list is for 3.11)
+# PYTHON    interpreter for .venv (3.11 or newer, with a CUDA device also 3.10; the resolved package
+#           list is for 3.11)
 # PIP_ARGS  options for pip. Where pip does not find the CPU build of torch by itself:
 #           PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 # DATA      jsonl of word problems for the demo, in GSM8K's field layout
@@ -54,3 +55,4 @@ lock:
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf distill/build distill/*.egg-info integrations/*/build integrations/*/*.egg-info

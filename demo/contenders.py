@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from demo.errors import InputError
-from demo.settings import ROOT, Contender, file_hash
+from demo.settings import ROOT, Contender, folder_hash
 
 MODELS = ROOT / "thinkfast"
 LABELS = {
@@ -40,7 +40,7 @@ def _contender(folder: Path, label: str) -> Contender:
         name=folder.name,
         label=label,
         folder=folder,
-        identity=file_hash(*files)[:16],
+        identity=folder_hash(folder),
         attention_layers=f"{attention} of {layers}",
     )
 

@@ -7,6 +7,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBLEMS = ROOT / "lm_eval_tasks" / "tasks" / "arith" / "test.jsonl"
+NOT_SERVED = ("README.md", "thinkfast_export.json")
+"""Files of a model folder: the card, and where the weights came from."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,22 @@ def file_hash(*files: Path) -> str:
     return digest.hexdigest()
 
 
+def folder_hash(folder: Path) -> str:
+    """Short hash of everything that a model folder serves: all files but those that describe it."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.name not in NOT_SERVED:
+            digest.update(f"{file.name} {file_hash(file)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
 def code_hash() -> str:
     """Hash of the sources that take part in a measurement, so that old results are not reused."""
     here = Path(__file__).resolve().parent
     files = [here / "worker.py"]
     for package in ("vllm_thinkfast", "lm_eval_tasks"):
-        files += [*(ROOT / package).rglob("*.py"), *(ROOT / package).rglob("*.yaml")]
+        for pattern in ("*.py", "*.yaml", "*.jsonl"):  # the problems, too
+            files += (ROOT / package).rglob(pattern)
     return file_hash(*sorted(files))[:16]
 
 

@@ -5,6 +5,7 @@ One JSON file per phase, named by the phase and by a hash of everything that dec
 
 import fcntl
 import json
+import tempfile
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,13 +45,30 @@ class PhaseStore:
             file.unlink()
 
 
+def make_folder(folder: Path) -> None:
+    """Makes the folder of ``--out``, and tries to write there before anything is measured.
+
+    Raises:
+        InputError: a file is in the way, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        why = "a file is in the way" if isinstance(error, FileExistsError) else error.strerror
+        raise InputError(
+            f"--out {folder}: cannot write there ({why}); give another folder"
+        ) from error
+
+
 def lock_folder(folder: Path) -> IO[str]:
     """Keeps a second run out of the folder; the lock ends with the process, however it ends.
 
     Raises:
-        InputError: another run holds it.
+        InputError: another run holds it, or it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     opened = (folder / ".lock").open("w")
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -44,8 +44,8 @@ ELSEWHERE = {
 
 WORKS, REFUSED, FAILS = "works", "refused", "fails"
 
-Results = dict[str, dict[str, dict[str, dict[str, str]]]]
-"""vLLM version -> feature -> model -> {state, test, why}."""
+Results = dict[str, dict[str, dict[str, dict[str, Any]]]]
+"""vLLM version -> feature -> model -> {state, test, why, failed}."""
 
 
 def add_option(parser: Any) -> None:
@@ -68,7 +68,8 @@ class Recorder:
     def __init__(self, path: Path) -> None:
         """Records into the JSON file ``path``, under the version of vLLM that is installed."""
         self.path = path
-        self.found: dict[str, dict[str, dict[str, str]]] = {}
+        self.found: dict[str, dict[str, dict[str, Any]]] = {}
+        self.passed: set[str] = set()
         self.features_of: dict[str, list[tuple[str, str, str | None]]] = {}
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
@@ -80,17 +81,20 @@ class Recorder:
         """Notes an outcome; one failure outweighs every success, and skipping says nothing."""
         if not (report.failed or (report.when == "call" and report.passed)):
             return
+        (self.passed.discard if report.failed else self.passed.add)(report.nodeid)
         for feature, model, why in self.features_of.get(report.nodeid, []):
             cells = self.found.setdefault(feature, {})
             test = report.nodeid.partition("[")[0]
             if report.failed:
-                cells[model] = {"state": FAILS, "test": test}
+                failed = {*cells.get(model, {}).get("failed", ()), report.nodeid}
+                cells[model] = {"state": FAILS, "test": test, "failed": sorted(failed)}
             elif model not in cells:  # of several tests that pass, the first one is named
                 state = {"state": REFUSED, "why": why} if why else {"state": WORKS}
                 cells[model] = {**state, "test": test}
 
     def pytest_sessionfinish(self) -> None:
         """Adds what was found to the file."""
+        from vllm_thinkfast.bench.store import write_atomically
         from vllm_thinkfast.compat import vllm_distribution
 
         if not self.found:
@@ -100,8 +104,26 @@ class Recorder:
         results = read_results(self.path)
         version = results.setdefault(distribution[1], {})
         for feature, cells in self.found.items():
-            version.setdefault(feature, {}).update(cells)
-        self.path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", "utf-8")
+            before = version.setdefault(feature, {})
+            for model, cell in cells.items():
+                before[model] = self._with_older_failures(model, cell, before.get(model, {}))
+        write_atomically(self.path, json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+    def _with_older_failures(
+        self, model: str, cell: dict[str, Any], before: dict[str, Any]
+    ) -> dict[str, Any]:
+        """A cell that goes on to fail until each test that failed has passed."""
+        if before.get("state") != FAILS:
+            return cell
+        mine = {t for t in self.passed if any(m == model for _, m, _ in self.features_of[t])}
+        passed = mine | {test.partition("[")[0] for test in mine}
+        # Cells of old records name the test without its parameters.
+        failed = set(before.get("failed", [before["test"]])) - passed
+        failed.update(cell.get("failed", ()))
+        if not failed:
+            return cell
+        test = sorted(failed)[0].partition("[")[0]
+        return {"state": FAILS, "test": test, "failed": sorted(failed)}
 
 
 def _features(item: Any) -> Iterator[tuple[str, str, str | None]]:
@@ -136,7 +158,7 @@ def render(results: Results) -> str:
     return "\n".join(parts).strip()
 
 
-def _table(features: dict[str, dict[str, dict[str, str]]]) -> list[str]:
+def _table(features: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     lines = [
         f"| feature | {' | '.join(MODELS.values())} | shown by |",
         f"| --- |{' --- |' * (len(MODELS) + 1)}",

@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from demo.errors import InputError
+from demo.store import make_folder
 from scripts.tiny_models import ENVIRONMENT, ROOT, say
 from vllm_thinkfast import envs
 from vllm_thinkfast.bench.environment import git_commit, hardware, versions
@@ -146,6 +148,11 @@ def main(arguments: list[str] | None = None) -> int:
         if value < 1:
             print(f"error: {flag} {value}: need a whole number of at least 1", file=sys.stderr)
             return 2
+    try:
+        make_folder(options.out)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     os.environ.update(ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
     os.environ.pop(CACHE_VARIABLE)  # it would win over ENGINE, which the record shows
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -163,7 +170,6 @@ def main(arguments: list[str] | None = None) -> int:
         "engine": ENGINE,
         "rows": rows,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "fork.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (options.out / "tables.md").write_text(table(rows), encoding="utf-8")
     say(f"{options.out}: fork.json, tables.md")

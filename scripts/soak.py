@@ -36,6 +36,7 @@ from typing import Any, NoReturn
 from tokenizers import Tokenizer
 
 from demo.errors import InputError
+from demo.store import make_folder
 from scripts.soak_client import Probes, new_session, outcome, problems, send
 from scripts.soak_server import (
     AT_REST,
@@ -281,7 +282,7 @@ def soak(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     """
     _check(options)
     traffic = traffic_for(options.seed, options.model)
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folder(options.out)
     log = options.out / "server.log"
     server = Server(
         options.vllm,
@@ -354,6 +355,12 @@ def _check(options: argparse.Namespace) -> None:
         is_count = name in ("requests_in_flight", "max_num_seqs", "cache_mib")
         if is_count and value is not None and value < 1:
             raise InputError(f"{flag}: give at least 1")
+    try:
+        shlex.split(options.serve_args)
+    except ValueError as error:
+        raise InputError(
+            f"--serve-args {options.serve_args!r}: {error}; quote it as a shell wants it"
+        ) from None
     model = options.model
     if not (options.vllm.is_file() and os.access(options.vllm, os.X_OK)):
         raise InputError(f"--vllm {options.vllm}: no such program; give the path of vllm")

@@ -6,18 +6,22 @@ For every embedded model with states and every way to store them, one engine sam
 and continues the problems greedily (``state_study_engine.py``); the recurrence of each is run for
 16,384 tokens against float64 (``state_drift.py``), on inputs recorded from the model, and on random
 inputs with slow decays. Writes ``study.json``, ``tables.md`` and ``drift.png``; engines that were
-done before at the same commit are not run again.
+done before with the same sources, model and packages are not run again.
 """
 
 import argparse
 import json
+import statistics
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from demo.errors import InputError
+from demo.store import make_folder
 from scripts.figures import COLOURS, pyplot
 from scripts.state_drift import (
     CHECKPOINTS,
@@ -28,6 +32,7 @@ from scripts.state_drift import (
     slow_inputs,
     time_constants,
 )
+from scripts.state_study_engine import identity
 from scripts.tiny_models import ROOT, TrainingError, call, say
 from vllm_thinkfast import envs
 from vllm_thinkfast.bench.environment import git_commit, hardware, versions
@@ -43,14 +48,16 @@ def run_engine(name: str, store: str, out: Path, problems: int, samples: int) ->
         TrainingError: the process failed.
     """
     file = out / f"{name}-{store}-{problems}x{samples}.json"
-    inputs = out / f"{name}-inputs.pt"
+    inputs = inputs_file(name, out, problems, samples)
     needs_inputs = store == "float32"
+    model = str(Path("thinkfast") / name)
     is_done = file.is_file() and (inputs.is_file() or not needs_inputs)
     if is_done:
-        is_done = json.loads(file.read_text(encoding="utf-8"))["git_commit"] == git_commit()
+        made_from = json.loads(file.read_text(encoding="utf-8")).get("identity")
+        is_done = made_from == identity(ROOT / model)
     if not is_done:
         say(f"{name}, {store}")
-        model = str(Path("thinkfast") / name)
+        file.unlink(missing_ok=True)  # it must not vouch for inputs that are not its own
         command = [sys.executable, "-m", "scripts.state_study_engine", model, store]
         command += [str(problems), str(samples), str(file)]
         command += [str(inputs)] if needs_inputs else []
@@ -61,6 +68,11 @@ def run_engine(name: str, store: str, out: Path, problems: int, samples: int) ->
         call(command, file.with_suffix(".log"), f"{name}, {store}", environment)
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
+
+
+def inputs_file(name: str, out: Path, problems: int, samples: int) -> Path:
+    """What the recurrences of a model get, recorded by its float32 engine."""
+    return out / f"{name}-{problems}x{samples}-inputs.pt"
 
 
 def agreement(found: list[list[int]], wanted: list[list[int]]) -> dict[str, float]:
@@ -88,17 +100,17 @@ def study(out: Path, problems: int, samples: int, num_tokens: int) -> dict[str, 
         out: folder for what is kept.
         problems: first problems of the test split.
         samples: N for each.
-        num_tokens: of the recurrences; the last of CHECKPOINTS, or less.
+        num_tokens: of the recurrences, the last number that is shown; at most that of CHECKPOINTS.
     """
     engines = []
     drifts: dict[str, Any] = {}
-    checkpoints = [n for n in CHECKPOINTS if n <= num_tokens]
+    checkpoints = [*(n for n in CHECKPOINTS if n < num_tokens), num_tokens]
     for name in MODELS:
         of_model = [run_engine(name, store, out, problems, samples) for store in ENGINE_STORES]
         for result in of_model:
             result |= agreement(result["greedy"], of_model[0]["greedy"])
         engines += [{k: v for k, v in r.items() if k != "greedy"} for r in of_model]
-        inputs = Inputs(**torch.load(out / f"{name}-inputs.pt"))
+        inputs = Inputs(**torch.load(inputs_file(name, out, problems, samples)))
         say(f"{name}: drift over {num_tokens} tokens")
         drifts[name] = {
             "time_constants": time_constants(inputs).tolist(),
@@ -168,8 +180,8 @@ def tables(found: dict[str, Any]) -> str:
 
 def _median_and_worst(errors: list[list[float]]) -> str:
     """Of [L][H] errors: the median, and the largest."""
-    flat = torch.tensor(errors).flatten()
-    return f"{flat.median():.1e} ({flat.max():.1e})"
+    flat = list(chain(*errors))
+    return f"{statistics.median(flat):.1e} ({max(flat):.1e})"
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
@@ -182,7 +194,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
                 mine = [e for e in errors if e["store"] == store]
                 if name in MODELS:
                     xs: list[float] = [e["tokens"] for e in mine]
-                    ys = [float(torch.tensor(e["output"]).median()) for e in mine]
+                    ys = [statistics.median(chain(*e["output"])) for e in mine]
                 else:
                     xs, ys = list(TIME_CONSTANTS), mine[-1]["output"][0]
                 panel.plot(xs, ys, "o-", color=colour, label=store, lw=1.3, ms=3.5)
@@ -214,11 +226,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise TrainingError(
                 f"--tokens {options.tokens}: accepted are {CHECKPOINTS[0]} to {CHECKPOINTS[-1]}"
             )
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         start = time.perf_counter()
         found = study(out, options.problems, options.samples, options.tokens)
         found["seconds"] = time.perf_counter() - start
-    except TrainingError as error:
+    except (InputError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

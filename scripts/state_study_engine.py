@@ -7,6 +7,7 @@ the SSM state stored as STORE (int8 comes from the environment). With INPUTS.pt 
 what the recurrences get for the problems and their solutions.
 """
 
+import hashlib
 import json
 import sys
 import time
@@ -15,10 +16,27 @@ from typing import Any
 
 import torch
 
+from demo.settings import code_hash, file_hash, folder_hash
 from lm_eval_tasks.tasks.arith.utils import TEST_FILE
-from vllm_thinkfast.bench.environment import git_commit
+from vllm_thinkfast.bench.environment import git_commit, versions
+from vllm_thinkfast.bench.store import write_atomically
 
 MAX_TOKENS = 128
+
+
+def identity(model: Path) -> str:
+    """Changes with sources, problems, model and packages; uncommitted changes have no commit.
+
+    Args:
+        model: folder.
+    """
+    parts = [
+        code_hash(),
+        file_hash(Path(__file__), TEST_FILE),
+        folder_hash(model),
+        versions("lm_eval"),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def make_lm_eval_keep_its_engine() -> list[Any]:
@@ -70,7 +88,9 @@ class Recorder:
         """The operator's own result."""
         per_group = x.shape[1] // B.shape[1]
         heads = (t.float().repeat_interleave(per_group, dim=1) for t in (B, C))
-        self.calls.append((x.float().clone(), log_decay.float().clone(), *heads))
+        kept = (x.float().clone(), log_decay.float().clone(), *heads)
+        # Thousands of tokens of all layers: not in the device's memory.
+        self.calls.append(tuple(tensor.cpu() for tensor in kept))
         return self.operator.prefill(x, log_decay, B, C, *rest)
 
 
@@ -97,6 +117,9 @@ def record_inputs(llm: Any, num_tokens: int) -> dict[str, torch.Tensor]:
         ]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
         tokens = tokenizer.encode(text, add_special_tokens=False)
+        # What comes from the prefix cache is not computed, so not recorded.
+        if not llm.reset_prefix_cache():
+            raise ValueError("the prefix cache was not emptied, though no request runs")
         # One at a time, so that the tokens stay in order.
         llm.generate([{"prompt_token_ids": tokens}], params, use_tqdm=False)
     found = {}
@@ -124,6 +147,7 @@ def main(arguments: list[str]) -> int:
         "max_num_seqs": 256,
         "mamba_ssm_cache_dtype": "auto" if store == "int8" else store,
     }
+    made_from = identity(Path(model))  # before anything is loaded that may change meanwhile
     start = time.perf_counter()
     results = lm_eval.simple_evaluate(
         model="vllm",
@@ -143,6 +167,7 @@ def main(arguments: list[str]) -> int:
     metrics = results["results"]["arith_passk"]
     found = {
         "git_commit": git_commit(),
+        "identity": made_from,
         "model": model,
         "store": store,
         "bytes_per_state": sum(s[0].nbytes for m in mixers(llm) for s in m.kv_cache[1:]),
@@ -152,10 +177,10 @@ def main(arguments: list[str]) -> int:
         "greedy": continue_greedily(llm, int(number)),
     }
     if inputs:
-        torch.save(record_inputs(llm, 16384), inputs[0])
-    part = Path(f"{out}.part")
-    part.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    part.replace(out)  # whole or not there, whenever this is killed
+        part = Path(f"{inputs[0]}.part")
+        torch.save(record_inputs(llm, 16384), part)
+        part.replace(inputs[0])  # whole or not there, whenever this is killed
+    write_atomically(Path(out), json.dumps(found) + "\n")
     return 0
 
 

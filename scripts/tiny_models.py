@@ -14,6 +14,8 @@ import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
+from demo.settings import file_hash
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 RECIPES = ROOT / "distill" / "recipes"
@@ -105,6 +107,11 @@ def export(run: Path, out: Path) -> None:
     part.rename(out)
 
 
+def model_hash(model: Path) -> str:
+    """A short hash of a model folder's configuration and weights."""
+    return file_hash(model / "config.json", model / "model.safetensors")[:16]
+
+
 def say(text: str) -> None:
     """One line with the time of day."""
     print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
@@ -133,19 +140,25 @@ def make(out: Path, runs: Path) -> None:
     """
     begin = time.monotonic()
 
-    def one(name: str, recipe: str, overrides: list[str]) -> None:
-        train(RECIPES / recipe, runs / name, overrides)
-        export(runs / name, out / name)
+    def one(name: str, recipe: str, changes: list[str], run: str) -> None:
+        train(RECIPES / recipe, runs / run, changes)
+        export(runs / run, out / name)
         say(f"{name}: trained and exported")
 
     out.mkdir(parents=True, exist_ok=True)
-    one(*TEACHER, [])
+    one(*TEACHER, [], TEACHER[0])
     teacher = _shown(out / TEACHER[0])
     # The recipes name the usual folder already; a model card quotes the command as it was.
     is_usual = teacher == "thinkfast/llama-tiny"
+    # Another teacher, another run: the recipes name only its folder.
+    of_teacher = model_hash(out / TEACHER[0])[:8]
+
+    def overrides(key: str) -> list[str]:
+        return [] if is_usual else [f"{key}={teacher}"]
+
     with ThreadPoolExecutor(max_workers=2) as pool:
         jobs = [
-            pool.submit(one, name, recipe, [] if is_usual else [f"{key}={teacher}"])
+            pool.submit(one, name, recipe, overrides(key), f"{name}-{of_teacher}")
             for name, recipe, key in FROM_TEACHER
         ]
         wait(jobs, return_when=FIRST_EXCEPTION)

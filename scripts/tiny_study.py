@@ -19,10 +19,21 @@ from typing import Any
 
 import yaml
 
-from demo.settings import file_hash
+from demo.settings import code_hash, folder_hash
 from scripts.figures import COLOURS, pyplot
-from scripts.tiny_models import BIN, RECIPES, ROOT, TrainingError, call, export, say, train
+from scripts.tiny_models import (
+    BIN,
+    RECIPES,
+    ROOT,
+    TrainingError,
+    call,
+    export,
+    model_hash,
+    say,
+    train,
+)
 from vllm_thinkfast.bench.environment import git_commit
+from vllm_thinkfast.bench.store import write_atomically
 
 LLAMBA, HYBRID = "arith-llamba-tiny.yaml", "arith-mambainllama-tiny.yaml"
 STAGES = ("matrix_mixing", "hidden_state", "end_to_end_forward", "end_to_end_reverse")
@@ -120,15 +131,11 @@ def _moved(tokens: dict[str, int], source: str, target: str) -> dict[str, int]:
     return moved
 
 
-def model_hash(model: Path) -> str:
-    """A short hash of a model folder's configuration and weights."""
-    return file_hash(model / "config.json", model / "model.safetensors")[:16]
-
-
 def sample(model: Path, work: Path, num_problems: int, num_samples: int) -> dict[str, float]:
     """Samples ``arith_passk`` with lm-eval and vLLM; the result is kept in ``work``.
 
-    It is kept under a hash of the model: a folder of the same name may hold another one later.
+    It is kept under hashes of the model, with tokenizer and chat template, and of the sources: a
+    folder of the same name may hold another one later, and tasks and models may change.
 
     Args:
         model: exported folder.
@@ -139,7 +146,7 @@ def sample(model: Path, work: Path, num_problems: int, num_samples: int) -> dict
     Returns:
         lm-eval's metrics: ``pass@1``, ``pass@1_stderr``, ...
     """
-    kept = work / f"passk-{num_problems}x{num_samples}-{model_hash(model)}.json"
+    kept = work / f"passk-{num_problems}x{num_samples}-{folder_hash(model)}-{code_hash()}.json"
     if not kept.is_file():
         work.mkdir(parents=True, exist_ok=True)
         found = work / "lm_eval"
@@ -161,7 +168,7 @@ def sample(model: Path, work: Path, num_problems: int, num_samples: int) -> dict
             for key, value in results.items()
             if isinstance(value, int | float)
         }
-        kept.write_text(json.dumps(metrics, indent=1) + "\n")
+        write_atomically(kept, json.dumps(metrics, indent=1) + "\n")
     loaded: dict[str, float] = json.loads(kept.read_text())
     return loaded
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,15 @@ def test_main_refuses_data(
     assert not (tmp_path / "out").exists()
 
 
+def test_main_refuses_a_folder_that_cannot_be_written(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for name, why in (("file", "a file is in the way"), ("file/below", "Not a directory")):
+        message = _fails(capfd, "--out", str(tmp_path / name))
+        assert f"{name}: cannot write there ({why}); give another folder" in message
+
+
 def test_main_names_missing_packages(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +142,21 @@ def test_find_contenders_reads_the_folders(tmp_path: Path) -> None:
     (tmp_path / "llamba-tiny" / "model.safetensors").write_text("other weights")
     assert find_contenders(tmp_path)[1].identity != found[1].identity
     assert find_contenders(tmp_path)[2].identity == found[2].identity
+
+
+def test_identity_of_a_contender(tmp_path: Path) -> None:
+    """The chat template and every file of the tokenizer change answers; the card does not."""
+    shutil.copytree(MODELS, tmp_path, dirs_exist_ok=True)
+    before = find_contenders(tmp_path)[1].identity
+    for name in ("README.md", "thinkfast_export.json"):
+        (tmp_path / "llamba-tiny" / name).write_text("{}")
+        assert find_contenders(tmp_path)[1].identity == before
+    for name in ("chat_template.jinja", "tokenizer_config.json", "generation_config.json"):
+        with (tmp_path / "llamba-tiny" / name).open("a") as file:
+            file.write(" ")
+        now = find_contenders(tmp_path)[1].identity
+        assert now != before
+        before = now
 
 
 def test_engine_process_reports_a_failed_start(tmp_path: Path) -> None:

@@ -51,6 +51,20 @@ def test_engines_have_the_memory_that_the_record_says(
     assert recorded["kv_cache_memory_bytes"] == 2**30
 
 
+def test_bad_folder_is_refused_before_the_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(*_: Any) -> list[dict[str, Any]]:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(fork_ratio, "measure", measure)
+    (tmp_path / "file").write_text("")
+    assert fork_ratio.main(["--out", str(tmp_path / "file" / "below")]) == 2
+    error = capsys.readouterr().err
+    assert "below: cannot write there (Not a directory); give another folder" in error
+    assert error.count("\n") == 1
+
+
 def test_wrong_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert fork_ratio.main(["--samples", "0"]) == 2
     assert "--samples 0: need a whole number of at least 1" in capsys.readouterr().err

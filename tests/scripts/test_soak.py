@@ -321,6 +321,8 @@ def test_interrupt_ends_the_server(program: Path, tmp_path: Path) -> None:
         (["--model", "{out}"], "has no chat template; convert it with --tokenizer of an instruct"),
         (["--vllm", "tests"], "--vllm tests: no such program"),
         (["--out", "{out}"], "holds a run already; give another folder"),
+        (["--out", "{out}/config.json"], "config.json: cannot write there (a file is in the way)"),
+        (["--serve-args", "--foo 'bar"], '--serve-args "--foo \'bar": No closing quotation'),
     ],
 )
 def test_wrong_arguments(

@@ -146,6 +146,32 @@ def test_samples_of_another_model_in_the_same_folder_are_not_used(
         return tiny_study.sample(model, tmp_path / "work", 5, 2)["pass@1"]
 
     assert [pass_at_1(weights) for weights in (b"a", b"a", b"b", b"a")] == [0.1, 0.1, 0.2, 0.1]
+    (tmp_path / "model" / "chat_template.jinja").write_text("another template")
+    assert pass_at_1(b"a") == 0.3
+    monkeypatch.setattr(tiny_study, "code_hash", lambda: "another task")
+    assert [pass_at_1(b"a") for _ in range(2)] == [0.4, 0.4]
+
+
+def test_samples_that_were_not_written_whole_are_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lm_eval(command: list[str], log: Path, name: str) -> None:
+        found = tmp_path / "work" / "lm_eval" / "results_1.json"
+        found.parent.mkdir(exist_ok=True)
+        found.write_text(json.dumps({"results": {"arith_passk": {"pass@1,all": 0.5}}}))
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tiny_study, "call", lm_eval)
+    model = _model(tmp_path / "model", b"a")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", kill)
+        patch.setattr(Path, "replace", kill)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_study.sample(model, tmp_path / "work", 5, 2)
+    assert not list((tmp_path / "work").glob("passk-*.json"))
+    assert tiny_study.sample(model, tmp_path / "work", 5, 2) == {"pass@1": 0.5}
 
 
 def test_runs_of_another_teacher_or_recipe_are_not_used(
@@ -173,6 +199,29 @@ def test_runs_of_another_teacher_or_recipe_are_not_used(
     tiny_study.run_variant(variant, tmp_path / "runs", 0)
     runs = [run for run, _ in trained]
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_students_of_another_teacher_are_trained_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = [b"one", b"one", b"two"]
+    runs: list[dict[str, Path]] = []
+
+    def train(recipe: Path, run: Path, overrides: list[str]) -> None:
+        runs[-1][recipe.name] = run
+
+    def export(run: Path, out: Path) -> None:
+        assert run in runs[-1].values()
+        _model(out, weights[len(runs) - 1])
+
+    monkeypatch.setattr(tiny_models, "train", train)
+    monkeypatch.setattr(tiny_models, "export", export)
+    for _ in weights:
+        runs.append({})
+        tiny_models.make(tmp_path / "out", tmp_path / "runs")
+    assert runs[0] == runs[1]
+    changed = {recipe for recipe, run in runs[2].items() if run != runs[0][recipe]}
+    assert changed == {recipe for _, recipe, _ in tiny_models.FROM_TEACHER}
 
 
 def test_failure_has_exit_code_2(

@@ -1,6 +1,7 @@
 """docs/compatibility.md says what the tests showed: no engine here."""
 
 import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,6 +49,35 @@ def test_recorder(tmp_path: Path) -> None:
         "LoRA": "fails",
         "sleep": "refused",
     }
+
+
+def test_later_success_leaves_the_failure_of_another_test(tmp_path: Path) -> None:
+    """One run after the other: (number of the test, outcome)."""
+
+    def state(*outcomes: tuple[int, str]) -> str:
+        skipped = [("int8", "skipped")] * 3
+        for number, outcome in outcomes:
+            skipped[number] = ("LoRA", outcome)
+        return recorded(tmp_path, *skipped)["LoRA"]["llamba"]["state"]
+
+    assert state((0, "failed"), (1, "failed")) == "fails"
+    assert state((2, "passed")) == "fails"
+    assert state((0, "passed")) == "fails"
+    assert state((1, "passed")) == "works"
+
+
+def test_record_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded(tmp_path, ("LoRA", "passed"))
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", kill)
+    monkeypatch.setattr(Path, "replace", kill)
+    with pytest.raises(KeyboardInterrupt):
+        recorded(tmp_path, ("LoRA", "failed"))
+    (version,) = json.loads((tmp_path / "results.json").read_text()).values()
+    assert version["LoRA"]["llamba"]["state"] == "works"
 
 
 def test_render() -> None:
