@@ -141,6 +141,7 @@ class Trainer:
             TrainingError: too many non-finite steps in a row, or a teacher that is not finite (on
                 any rank; all ranks raise, and the finished steps are saved).
             DataError: a source ended before its budget, or is malformed; the state is saved.
+            OSError: a data file cannot be read any more; the state is saved.
             CheckpointError: no room for a checkpoint; the previous one is unchanged.
             Interrupted: SIGTERM or SIGINT; the state is saved.
         """
