@@ -20,6 +20,7 @@ from thinkfast_distill.config import (
 )
 from thinkfast_distill.recipe import RecipeError
 from vllm_thinkfast.configs import LlambaConfig, MambaInLlamaConfig
+from vllm_thinkfast.configs.fields import accepted_by_transformers
 
 ModelConfig: TypeAlias = LlambaConfig | MambaInLlamaConfig | LlamaConfig
 
@@ -91,7 +92,11 @@ def teacher_config(teacher: TeacherConfig, *, allow_sizes: bool = False) -> Pret
         RecipeError: the teacher is not there, or its sizes are not those the recipe states.
     """
     if allow_sizes and teacher.sizes is not None:
-        return LlamaConfig(**teacher.sizes)
+        try:
+            with accepted_by_transformers("LlamaConfig"):
+                return LlamaConfig(**teacher.sizes)
+        except ValueError as error:
+            raise RecipeError(f"teacher.sizes: {error}") from error
     folder = resolve_folder(teacher.model, "teacher.model", revision=teacher.revision)
     try:
         extra = {} if teacher.gguf_file is None else {"gguf_file": teacher.gguf_file}
@@ -99,6 +104,11 @@ def teacher_config(teacher: TeacherConfig, *, allow_sizes: bool = False) -> Pret
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise RecipeError(f"teacher.model: {folder}: {first_line}") from error
+    except Exception as error:  # divisions by zero, classes of huggingface_hub's own
+        text = " ".join(str(error).split())
+        raise RecipeError(
+            f"teacher.model: {folder}: transformers does not accept its config.json: {text}"
+        ) from error
     for key, stated in (teacher.sizes or {}).items():
         found = getattr(config, key, None)
         if key in _COMPARED and found is not None and found != stated:
@@ -274,10 +284,11 @@ def _llama(layout: LlamaLayout, tokenizer_size: int | None) -> LlamaConfig:
             f"student.layout.num_key_value_heads: {layout.num_key_value_heads} must divide "
             f"num_attention_heads={layout.num_attention_heads}."
         )
-    return LlamaConfig(
-        vocab_size=vocab_size,
-        head_dim=layout.head_dim or layout.hidden_size // layout.num_attention_heads,
-        rope_parameters={"rope_type": "default", "rope_theta": layout.rope_theta},
-        architectures=["LlamaForCausalLM"],
-        **sizes,
-    )
+    with accepted_by_transformers("LlamaConfig"):
+        return LlamaConfig(
+            vocab_size=vocab_size,
+            head_dim=layout.head_dim or layout.hidden_size // layout.num_attention_heads,
+            rope_parameters={"rope_type": "default", "rope_theta": layout.rope_theta},
+            architectures=["LlamaForCausalLM"],
+            **sizes,
+        )

@@ -94,6 +94,9 @@ class Progress:
     skipped_in_a_row: int = 0
     """The last of them, without an update in between."""
 
+    is_evaluation_due: bool = False
+    """Whether the last step's held-out measurement failed and is to be repeated."""
+
     data_state: dict[str, Any] | None = None
     """State of the stage's data loader; None at the start of a stage."""
 

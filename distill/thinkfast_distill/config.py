@@ -4,6 +4,7 @@ A run is teacher, student, data, a list of stages, evaluation and export. ``reci
 these classes from YAML and refuses what it does not know; ``load`` is the one entry.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,14 @@ LAYERWISE_STAGES = ("matrix_mixing", "hidden_state")
 def _check(is_good: bool, message: str) -> None:
     if not is_good:
         raise RecipeError(message)
+
+
+def _check_sizes(layout: Any) -> None:
+    """Refuses sizes below 1; a 0 would be divided by, or taken for null."""
+    for size in dataclasses.fields(layout):
+        value = getattr(layout, size.name)
+        if size.type in (int, int | None) and value is not None:
+            _check(value >= 1, f"{size.name}: {value} must be at least 1.")
 
 
 @dataclass
@@ -88,6 +97,9 @@ class LlambaLayout:
     chunk_size: int = 128
     """Tokens per scan chunk; no effect on the result beyond rounding."""
 
+    def __post_init__(self) -> None:
+        _check_sizes(self)
+
 
 @dataclass
 class MambaInLlamaLayout:
@@ -121,6 +133,9 @@ class MambaInLlamaLayout:
 
     chunk_size: int = 256
     """Mamba-2: tokens per scan chunk; no effect on the result beyond rounding."""
+
+    def __post_init__(self) -> None:
+        _check_sizes(self)
 
 
 @dataclass
@@ -160,6 +175,9 @@ class LlamaLayout:
     tie_word_embeddings: bool = True
     """Head and embedding share weights."""
 
+    def __post_init__(self) -> None:
+        _check_sizes(self)
+
 
 @dataclass
 class StudentConfig:
@@ -184,8 +202,9 @@ class StudentConfig:
     Everything that is not a mixer is copied from the teacher."""
 
     weights: str | None = None
-    """An exported student folder to start from instead of ``init``; its layout must match, but a
-    ``llama`` may have more layers: those on top are fresh and pass their input on at first."""
+    """An exported student folder to start from instead of ``init``; its layout must match that of
+    the first stage (mixers that are new in a later one follow ``init``), but a ``llama`` may have
+    more layers: those on top are fresh and pass their input on at first."""
 
     tokenizer: str | None = None
     """``llama`` only: folder or hub name of the tokenizer to train with, or ``builtin:arith`` for

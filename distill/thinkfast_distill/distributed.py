@@ -10,8 +10,9 @@ gathered in float32 and lower precision comes from autocast, because a mixed-pre
 also round A, D and dt.
 """
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,6 +144,7 @@ def shard(
     fully_shard(model, mesh=world.mesh)
     for method in methods:
         if hasattr(model, method):
+            setattr(model, method, _without_parameters(getattr(model, method)))
             register_fsdp_forward_method(model, method)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -150,3 +152,31 @@ def shard(
             # has.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+
+
+class _Alias(torch.autograd.Function):
+    """The same values as a tensor of the graph, without a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+def _without_parameters(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, with an alias where it returns a parameter.
+
+    FSDP2 registers a hook on what a forward method returns. Those of a parameter would stay on it:
+    one more in every micro-batch, for the whole run.
+    """
+
+    @functools.wraps(method)
+    def wrapped(*args: Any, **options: Any) -> Any:
+        found = method(*args, **options)
+        is_parameter = isinstance(found, nn.Parameter)
+        return _Alias.apply(found) if is_parameter else found  # type: ignore[no-untyped-call]
+
+    return wrapped

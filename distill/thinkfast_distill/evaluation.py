@@ -25,17 +25,20 @@ class Evaluation:
     """The held-out batches of a run and how they are measured."""
 
     def __init__(self, config: RunConfig, world: World, tokenizer: Any, teacher: Any) -> None:
-        """Prepares nothing yet.
+        """Prepares the batches, so that bad data is found before the first step.
 
         Args:
             config: the run; without ``evaluation.data`` every measurement is empty.
             world: the ranks that share the rows.
             tokenizer: for the data.
             teacher: the frozen model, or None.
+
+        Raises:
+            DataError: the held-out data cannot be used.
         """
         self._config, self._world = config, world
         self._tokenizer, self._teacher = tokenizer, teacher
-        self._batches: list[PackedBatch] | None = None
+        self._batches = [] if config.evaluation.data is None else self._read()
 
     def run(self, stage: StageConfig, student: nn.Module, objective: Any) -> dict[str, float]:
         """Measures a student; all ranks call it together.
@@ -87,22 +90,20 @@ class Evaluation:
 
     def _held_out(self, rows: int | None) -> Iterator[PackedBatch]:
         """The batches, cut as the stage cuts its own: what fits in training must fit here."""
-        for batch in self._whole_batches():
+        for batch in self._batches:
             yield from parts.micro_batches(batch, rows)
 
-    def _whole_batches(self) -> list[PackedBatch]:
-        if self._batches is None:
-            settings = self._config.evaluation
-            loader = parts.loader(
-                self._config,
-                self._tokenizer,
-                data=str(settings.data),
-                seq_len=settings.seq_len,
-                batch_rows=settings.batch_rows,
-                purpose="evaluation",
-                state=None,
-            )
-            self._batches = [
-                loader.next(self._world.rank, self._world.size) for _ in range(settings.num_batches)
-            ]
-        return self._batches
+    def _read(self) -> list[PackedBatch]:
+        settings = self._config.evaluation
+        loader = parts.loader(
+            self._config,
+            self._tokenizer,
+            data=str(settings.data),
+            seq_len=settings.seq_len,
+            batch_rows=settings.batch_rows,
+            purpose="evaluation",
+            state=None,
+        )
+        return [
+            loader.next(self._world.rank, self._world.size) for _ in range(settings.num_batches)
+        ]

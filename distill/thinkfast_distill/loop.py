@@ -29,7 +29,6 @@ from transformers import PretrainedConfig
 from thinkfast_distill import costs, metrics, optimiser, parts, recipe, run_log
 from thinkfast_distill.architecture import ModelConfig
 from thinkfast_distill.checkpoint import (
-    Checkpoint,
     CheckpointStore,
     Progress,
     check_same_recipe,
@@ -37,6 +36,7 @@ from thinkfast_distill.checkpoint import (
     other_rounding,
     rounding,
 )
+from thinkfast_distill.checkpoint import read as read_checkpoint
 from thinkfast_distill.config import LAYERWISE_STAGES, RunConfig, StageConfig
 from thinkfast_distill.distributed import World
 from thinkfast_distill.evaluation import Evaluation
@@ -99,14 +99,20 @@ class Trainer:
         self._check_rows()
         if world.is_main:
             run.mkdir(parents=True, exist_ok=True)
+        # Before the checkpoint is read: another process may be writing the next one.
+        self._lock = _lock(run) if world.is_main else None
         world.barrier()
         self.store = CheckpointStore(run, config.checkpoint.keep, world)
-        checkpoint = self.store.latest()
         self._other_rounding: dict[str, tuple[str, str]] = {}
-        if checkpoint is not None:
-            check_same_recipe(checkpoint, config)
-            self._other_rounding = other_rounding(checkpoint, config)
-        self._lock = _lock(run) if world.is_main else None
+        try:
+            checkpoint = self.store.latest()
+            if checkpoint is not None:
+                check_same_recipe(checkpoint, config)
+                self._other_rounding = other_rounding(checkpoint, config)
+        except BaseException:
+            self._unlock()
+            raise
+        self._checkpoint = checkpoint  # the one that the next stage starts from
         self.progress = Progress() if checkpoint is None else checkpoint.progress
         self._show_progress = show_progress
         self._signal = 0
@@ -121,7 +127,6 @@ class Trainer:
         # Set at the start of each stage:
         self.student: nn.Module
         self.stage: Any = None
-        self._checkpoint: Checkpoint | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self._parameters: dict[str, nn.Parameter] = {}
         self._flops_per_token = 0.0
@@ -136,6 +141,7 @@ class Trainer:
             TrainingError: too many non-finite steps in a row, or a teacher that is not finite (on
                 any rank; all ranks raise, and the finished steps are saved).
             DataError: a source ended before its budget, or is malformed; the state is saved.
+            OSError: a data file cannot be read any more; the state is saved.
             CheckpointError: no room for a checkpoint; the previous one is unchanged.
             Interrupted: SIGTERM or SIGINT; the state is saved.
         """
@@ -148,9 +154,12 @@ class Trainer:
         finally:
             if hasattr(self, "log"):
                 self.log.close()
-            if self._lock is not None:
-                os.close(self._lock)
+            self._unlock()
         return self.progress
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
 
     def _is_done(self) -> bool:
         has_reached_limit = self._max_steps is not None and self.progress.step >= self._max_steps
@@ -176,7 +185,7 @@ class Trainer:
         stage = self.config.stages[index]
         feed = self._start_stage(index)
         try:
-            if self.progress.stage_step == 0:
+            if self.progress.stage_step == 0 or self.progress.is_evaluation_due:
                 self._evaluate(stage)
             while self.progress.stage_step < stage.num_steps:
                 if self._is_done():
@@ -236,8 +245,7 @@ class Trainer:
     def _build_student(self, index: int, student_config: ModelConfig) -> nn.Module:
         """The student at the start of a stage, on the CPU, not yet sharded."""
         config = self.config
-        checkpoint = self.store.latest() if self.progress.step else None
-        self._checkpoint = checkpoint
+        checkpoint = self._checkpoint if self.progress.step else None
         seed = parts.seed_for(config.seed, str(config.stages[index].name))
         torch.manual_seed(seed)
         student = parts.build_student(student_config, config.compute.kernels)
@@ -248,7 +256,7 @@ class Trainer:
             before = parts.student_config(config, self.teacher_config, self.tokenizer, index - 1)
         has_same_layers = before is not None and before.to_dict() == student_config.to_dict()
         if not has_same_layers:
-            parts.initialise(config, student, self._teacher_on_cpu(), seed)
+            parts.initialise(config, student, self._teacher_on_cpu(), seed, index=index)
         if checkpoint is not None:
             alone = CheckpointStore(self.run_folder, config.checkpoint.keep, World())
             alone.load_student(checkpoint, student, only_common=not has_same_layers)
@@ -275,7 +283,6 @@ class Trainer:
         sums = metrics.sum_over_ranks(sums, self.world)
         if sums.pop("failed"):
             self.optimizer.zero_grad(set_to_none=True)
-            self._save()
             self._stop_at_teacher(not_finite)
         squares = optimiser.squared_norms(self._parameters, self.world)
         norm = math.sqrt(sum(squares.values())) if metrics.is_finite(squares) else math.nan
@@ -323,7 +330,7 @@ class Trainer:
         return noting
 
     def _stop_at_teacher(self, not_finite: list[str]) -> None:
-        """Stops all ranks if the teacher was not finite on any; all of them call it.
+        """Stops all ranks, saved, if the teacher was not finite on any; all of them call it.
 
         All give the same message: where the first rank to end ends the others, theirs is lost.
         """
@@ -331,16 +338,17 @@ class Trainer:
 
         samples = [sample for one in self.world.gather(not_finite) for sample in one]
         if samples:
+            self._save()
             raise TrainingError(not_finite_message(samples))
 
     def _next_batch(self, feed: Feed) -> tuple[PackedBatch, dict[str, Any], dict[str, float]]:
         """This rank's rows, the data state after them, and counts over the global batch."""
         batch: PackedBatch | None = None
         data_state: dict[str, Any] = {}
-        problem: ValueError | None = None
+        problem: Exception | None = None
         try:
             batch, data_state = feed.next()
-        except ValueError as error:  # DataError: this rank must not leave the others waiting
+        except (OSError, ValueError) as error:  # this rank must not leave the others waiting
             problem = error
         counts: dict[str, float] = {"failed": float(problem is not None), "num_targets": 0.0}
         counts["counted"] = 0.0
@@ -422,6 +430,7 @@ class Trainer:
             progress_text(stage, progress, record), is_last=progress.stage_step == stage.num_steps
         )
         if progress.stage_step % config.evaluation.every_steps == 0:
+            progress.is_evaluation_due = True  # after a resume too, should it fail
             self._evaluate(stage)
         is_end = progress.stage_step == stage.num_steps
         if progress.stage_step % config.checkpoint.every_steps == 0 and not is_end:
@@ -432,18 +441,25 @@ class Trainer:
     # ------------------------------------------------------- saving, measuring
 
     def _save(self) -> None:
-        """Saves unless this very state is saved already."""
+        """Saves unless this very state is saved already, or no step is done.
+
+        A checkpoint without a step would be worth nothing, and hold the run to this recipe.
+        """
         is_border = self.optimizer is None
-        if self.progress.step == self._saved_step and not is_border:
+        is_saved = self.progress.step == self._saved_step and not is_border
+        if is_saved or self.progress.step == 0:
             return
-        self.store.save(self.config, self.progress, self.student, self.optimizer)
+        folder = self.store.save(self.config, self.progress, self.student, self.optimizer)
         self._saved_step = self.progress.step
+        if is_border:
+            self._checkpoint = read_checkpoint(folder)
 
     def _evaluate(self, stage: StageConfig) -> None:
         """Measures the student on the held-out batches."""
         with self._autocast(), self._noting_not_finite() as not_finite:
             found = self.evaluation.run(stage, self.student, self.stage)
         self._stop_at_teacher(not_finite)
+        self.progress.is_evaluation_due = False
         if not found:
             return
         name = str(stage.name)

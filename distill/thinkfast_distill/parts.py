@@ -184,7 +184,9 @@ def build_student(config: ModelConfig, backend: Backend = "reference") -> nn.Mod
     return students.build(config, backend)
 
 
-def initialise(config: RunConfig, student: nn.Module, teacher: Any, seed: int) -> None:
+def initialise(
+    config: RunConfig, student: nn.Module, teacher: Any, seed: int, *, index: int
+) -> None:
     """Gives a new student its first weights, as the recipe says.
 
     Args:
@@ -192,13 +194,15 @@ def initialise(config: RunConfig, student: nn.Module, teacher: Any, seed: int) -
         student: changed in place.
         teacher: not sharded; None for training from scratch.
         seed: of random parts.
+        index: of the stage; the layers that are new in a later one come from the teacher, because
+            ``student.weights`` is a student of the first.
 
     Raises:
         RecipeError: the folder of ``student.weights`` does not fit.
     """
     from thinkfast_distill import init_from_teacher
 
-    if config.student.weights is not None:
+    if config.student.weights is not None and index == 0:
         load_exported(student, config.student.weights)
     elif teacher is not None and config.student.kind != "llama":
         init_from_teacher.initialise(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from thinkfast_distill.data.formatting import call_tokenizer
 from thinkfast_distill.data.step_labels import BAD, GOOD
 
 if TYPE_CHECKING:
@@ -28,7 +29,10 @@ _WHATS = ("label", "solution")
 
 def label_ids(tokenizer: Any) -> tuple[int, int]:
     """Token ids of "+" and "-"; the data's formatter has checked that each is one token."""
-    good, bad = (tokenizer.encode(label, add_special_tokens=False) for label in (GOOD, BAD))
+    good, bad = (
+        call_tokenizer(tokenizer, label, add_special_tokens=False)["input_ids"]
+        for label in (GOOD, BAD)
+    )
     assert len(good) == len(bad) == 1
     return int(good[0]), int(bad[0])
 

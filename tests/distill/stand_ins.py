@@ -214,7 +214,7 @@ def install():
     parts.load_teacher = teacher
     parts.place_teacher = lambda teacher, config, world: None
     parts.build_student = lambda config, backend="reference": Model()
-    parts.initialise = lambda config, student, teacher, seed: None
+    parts.initialise = lambda config, student, teacher, seed, **_: None
     parts.build_stage = stage
     parts.end_to_end_objective = lambda stage, student, teacher: EndToEnd(student, teacher)
     parts.loader = loader

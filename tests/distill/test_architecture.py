@@ -131,6 +131,31 @@ def test_teacher_config_compares_the_sizes_of_the_recipe(tmp_path):
         teacher_config(same)
 
 
+@pytest.mark.parametrize("change", [{"num_attention_heads": 0}, {"num_attention_heads": 3}])
+def test_sizes_that_transformers_refuses(change, tmp_path):
+    """Its own classes of errors, and divisions by zero, are one line for the user."""
+    sizes = {**SIZES, **change}
+    with pytest.raises(RecipeError, match=r"teacher\.sizes: .*transformers does not accept"):
+        teacher_config(TeacherConfig(model="m", sizes=sizes), allow_sizes=True)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
+    with pytest.raises(RecipeError, match=r"transformers does not accept its config\.json"):
+        teacher_config(TeacherConfig(model=str(tmp_path)))
+    layout = {"hidden_size": 16, "num_attention_heads": 3, "num_key_value_heads": 1}
+    student = {"kind": "llama", "layout": layout, "tokenizer": "builtin:arith"}
+    with pytest.raises(RecipeError, match=r"student\.layout: .*transformers does not accept"):
+        student_config(run(student, kind="pretrain"), None, tokenizer_size=31)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [("llamba", "num_heads"), ("mambainllama", "ssm_state_size"), ("llama", "num_key_value_heads")],
+)
+def test_a_size_of_zero_is_refused(kind, field):
+    """It would be divided by, or taken for null."""
+    with pytest.raises(RecipeError, match=rf"{field}: 0 must be at least 1"):
+        run({"kind": kind, "layout": {field: 0}})
+
+
 def test_resolve_folder(tmp_path, monkeypatch):
     assert resolve_folder(str(tmp_path), "k") == tmp_path
     assert (resolve_folder("package:thinkfast_distill", "k") / "cli.py").is_file()

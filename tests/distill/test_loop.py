@@ -1,5 +1,6 @@
 """Resume, ranks, borders, signals, non-finite steps: with stand-ins for models, stages and data."""
 
+import contextlib
 import json
 import signal
 
@@ -381,3 +382,92 @@ def test_progress_is_json(uninterrupted):
     assert state["progress"]["stage"] == 2
     assert state["config"]["seed"] == 42
     assert state["environment"]["torch"] == torch.__version__
+
+
+def test_held_out_data_that_cannot_be_read_costs_no_step(tmp_path, monkeypatch):
+    """After a resume the first measurement may be many steps away."""
+    train(tmp_path / "r.yaml", tmp_path / "run", max_steps=1)
+    real = stand_ins.Loader.next
+
+    def fails(self, rank, world_size):
+        if self.seed == parts.seed_for(42, "evaluation"):
+            raise ValueError("held-out.jsonl:7: not JSON")
+        return real(self, rank, world_size)
+
+    monkeypatch.setattr(stand_ins.Loader, "next", fails)
+    with pytest.raises(ValueError, match="held-out"):
+        train(tmp_path / "r.yaml", tmp_path / "run")
+    steps = [r["step"] for r in read_log(tmp_path / "run/log.jsonl") if r["event"] == "train"]
+    assert steps == [1]
+
+
+@pytest.mark.parametrize("at", [3, 6])  # in the middle and at the end of a stage
+def test_evaluation_that_fails_is_saved_and_repeated(at, uninterrupted, tmp_path, monkeypatch):
+    """A teacher that is not finite on held-out text must not cost the steps before."""
+    options = {"checkpoint": {"every_steps": 100}}
+    with monkeypatch.context() as patch:
+        evaluate = stand_ins.HiddenState.evaluate
+        found = []
+
+        def overflow(self, batch):
+            if self.student.training is False and trainers[0].progress.stage_step == at:
+                found.append("held-out:7")
+            return evaluate(self, batch)
+
+        trainers = []
+        init = Trainer.__init__
+        patch.setattr(
+            Trainer, "__init__", lambda self, *a, **k: trainers.append(self) or init(self, *a, **k)
+        )
+        patch.setattr(stand_ins.HiddenState, "evaluate", overflow)
+        patch.setattr(
+            stand_ins.Model, "noting_not_finite", lambda self: contextlib.nullcontext(found)
+        )
+        with pytest.raises(TrainingError, match="not finite for samples held-out:7"):
+            train(tmp_path / "r.yaml", tmp_path / "run", **options)
+    saved = CheckpointStore(tmp_path / "run", 1, distributed.World()).latest()
+    assert saved.progress.step == at
+    assert train(tmp_path / "r.yaml", tmp_path / "run", **options).step == 12
+    assert curve(tmp_path / "run") == curve(uninterrupted / "run")
+
+
+def test_data_file_that_cannot_be_read_any_more_saves(tmp_path, monkeypatch):
+    real = stand_ins.Loader.next
+
+    def fails(self, rank, world_size):
+        if self.step == 3:
+            raise OSError("stale file handle")
+        return real(self, rank, world_size)
+
+    monkeypatch.setattr(stand_ins.Loader, "next", fails)
+    with pytest.raises(OSError, match="stale file handle"):
+        train(tmp_path / "r.yaml", tmp_path / "run", evaluation={}, checkpoint={"every_steps": 9})
+    saved = CheckpointStore(tmp_path / "run", 1, distributed.World()).latest()
+    assert saved.progress.step == 3
+
+
+def test_nothing_is_saved_before_the_first_step(tmp_path):
+    """It would hold the run to a recipe that could not even begin."""
+    data = {"text": {"sources": [{"kind": "arith", "num": 0}]}}
+    with pytest.raises(ValueError, match=r"data.jsonl: ends"):
+        train(tmp_path / "r.yaml", tmp_path / "run", data=data, evaluation={})
+    assert CheckpointStore(tmp_path / "run", 1, distributed.World()).latest() is None
+    assert train(tmp_path / "r.yaml", tmp_path / "run", max_steps=1, seed=3).step == 1
+
+
+def test_checkpoint_is_read_once_and_behind_the_lock(tmp_path, monkeypatch):
+    """Another process that trains in the folder may publish one at any time."""
+    config = config_module.load(stand_ins.write_recipe(tmp_path / "r.yaml"))
+    train(tmp_path / "r.yaml", tmp_path / "run", max_steps=3)
+    latest, found = CheckpointStore.latest, []
+
+    def read(self):
+        found.append(self)
+        return latest(self)
+
+    monkeypatch.setattr(CheckpointStore, "latest", read)
+    first = Trainer(config, tmp_path / "run", distributed.World(), show_progress=False)
+    with pytest.raises(RecipeError, match="another process trains in this folder"):
+        Trainer(config, tmp_path / "run", distributed.World(), show_progress=False)
+    assert first.train().step == 12
+    assert len(found) == 1

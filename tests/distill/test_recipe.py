@@ -155,6 +155,9 @@ def test_read_yaml_errors(tmp_path: Path):
     path.write_text("a: 1\nb: 2\na: 3\n")
     with pytest.raises(RecipeError, match=r"r.yaml:3: not valid YAML: the key 'a' occurs twice"):
         read_yaml(path)
+    path.write_text("a: 1\n? [b]\n: 2\n")
+    with pytest.raises(RecipeError, match=r"r.yaml:2: not valid YAML: \['b'\] cannot be a key"):
+        read_yaml(path)
 
 
 def test_differing_keys():

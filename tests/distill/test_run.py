@@ -350,3 +350,20 @@ def test_help_does_not_import_torch():
     )
     environment = {**os.environ, "PYTHONPATH": processes.PYTHONPATH}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+
+
+def test_progressive_replacement_from_an_exported_student(teacher, tmp_path):
+    """``student.weights`` is the first stage's student; later new mixers are the teacher's."""
+    layout = {"attention_layers": [0, 1], "mamba_version": "mamba2"}
+    fields = {"kind": "mambainllama", "layout": layout}
+    path = recipe(tmp_path, teacher, stages=[("end_to_end", {"tokens": 256})], **fields)
+    assert run(path, "--run-dir", tmp_path / "first") == 0
+    assert cli.main(["export", str(tmp_path / "first"), str(tmp_path / "out")]) == 0
+    fields["layout"] = {**layout, "attention_layers": [0]}
+    stages = [
+        ("end_to_end", {"name": "none", "attention_layers": [0, 1], "tokens": 256}),
+        ("hidden_state", {"name": "one", "tokens": 256}),
+    ]
+    path = recipe(tmp_path, teacher, stages=stages, **fields)
+    words = (path, f"student.weights={tmp_path / 'out'}", "--run-dir", tmp_path / "run")
+    assert run(*words) == 0

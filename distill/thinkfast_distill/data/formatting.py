@@ -16,6 +16,7 @@ Rules that training and sampling must share:
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,9 @@ Layout = Literal["text", "prompt", "chat", "steps"]
 DEFAULT_DATE = "26 Jul 2024"
 _PIN = "{#- thinkfast-distill: date pinned #}"
 _DATE = re.compile(r"[A-Za-z0-9 .,/-]{1,40}")
+# A call sets options on the shared Rust object, which works without the GIL: two threads at once
+# fail ("Already borrowed") or tokenise with each other's options.
+_ONE_CALL = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -350,10 +354,19 @@ class Formatter:
         if step is None:
             ids = self._encode(text)
             return ids, [False] * len(ids)
-        encoding = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        encoding = call_tokenizer(
+            self.tokenizer,
+            text,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            verbose=False,
         )
-        first = text.rindex(step)  # templates may print turns trimmed, and steps are
+        first = text.rfind(step)  # templates may print turns trimmed, and steps are
+        if first < 0:
+            raise DataError(
+                f"the chat template does not print the step {step[:40]!r} as it is, so its tokens "
+                "cannot be told apart; give another one with chat_template: FILE"
+            )
         inside = [
             end > first and start < first + len(step) for start, end in encoding["offset_mapping"]
         ]
@@ -389,7 +402,8 @@ class Formatter:
 
     def _encode(self, text: str, *, is_raw: bool = False) -> list[int]:
         """Ids without added special tokens; in raw text, special tokens are ordinary characters."""
-        ids = self.tokenizer(
+        ids = call_tokenizer(
+            self.tokenizer,
             text,
             add_special_tokens=False,
             return_attention_mask=False,
@@ -402,7 +416,13 @@ class Formatter:
 def _adds_bos(tokenizer: Any) -> bool:
     """Whether the tokenizer begins plain text with BOS, as it does when the model is served."""
     bos = getattr(tokenizer, "bos_token_id", None)
-    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    return bos is not None and call_tokenizer(tokenizer, "a")["input_ids"][:1] == [bos]
+
+
+def call_tokenizer(tokenizer: Any, text: str, **options: Any) -> Any:
+    """``tokenizer(text, ...)``, one thread after the other."""
+    with _ONE_CALL:
+        return tokenizer(text, **options)
 
 
 def _tokenised(tokens: list[int], completion: list[bool]) -> Tokenised:

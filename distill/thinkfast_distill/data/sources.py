@@ -194,11 +194,15 @@ class JsonlRecords:
         """The record.
 
         Raises:
-            DataError: the line is not a JSON object; with file and line.
+            DataError: the file cannot be read any more, or the line is not a JSON object.
         """
-        with self._file(index).open("rb") as lines:
-            lines.seek(self._offsets[index])
-            line = lines.readline()
+        file = self._file(index)
+        try:
+            with file.open("rb") as lines:
+                lines.seek(self._offsets[index])
+                line = lines.readline()
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read ({error.strerror})") from error
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:

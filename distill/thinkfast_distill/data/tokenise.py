@@ -129,8 +129,9 @@ class Writer:
             raise DataError(f"no document left to write ({self.progress['dropped']} dropped)")
         meta = {"version": FORMAT_VERSION, **self._settings, **self.progress}
         (self._partial / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        (self._partial / PROGRESS).unlink()
+        # In this order: without its progress, a part that is killed in between would begin again.
         self._partial.rename(self.out)
+        (self.out / PROGRESS).unlink()
         return meta
 
     def close(self) -> None:

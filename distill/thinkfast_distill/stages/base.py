@@ -153,7 +153,7 @@ class LayerwiseStage(Stage):
             before, mixed, after = (state.to(dtype) for state in states)
             loss, figures = self._compare(i, before, mixed, after, batch)
             if number is not None:
-                (loss / number).backward()
+                backward(loss / number)
             for name, value in {"loss": loss, **figures}.items():
                 value = value.detach().double()
                 found[name] = found[name] + value if name in found else value
@@ -184,6 +184,17 @@ class LayerwiseStage(Stage):
             after: (B, L, D) its output in the teacher.
             batch: the batch.
         """
+
+
+def backward(loss: torch.Tensor) -> None:
+    """Adds the gradients of a loss, outside of autocast.
+
+    Operations of the backward pass run in the precision of their forward pass. Inside of autocast
+    the regions that leave it for float32, as the recurrences do, would be differentiated in
+    bfloat16. A recomputed forward pass enters autocast by itself.
+    """
+    with torch.autocast(loss.device.type, enabled=False):
+        loss.backward()
 
 
 def mixer_part(name: str) -> str | None:

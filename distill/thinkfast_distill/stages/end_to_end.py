@@ -10,7 +10,7 @@ import torch
 
 from thinkfast_distill.batch import PackedBatch
 from thinkfast_distill.losses import LossOutput, distillation_loss
-from thinkfast_distill.stages.base import Stage
+from thinkfast_distill.stages.base import Stage, backward
 
 
 class EndToEnd(Stage):
@@ -27,7 +27,7 @@ class EndToEnd(Stage):
         """See ``Stage``."""
         output = self._loss(batch, int(num_targets_global))
         # Also without targets: with shards every rank must take part in the backward pass.
-        output.loss.backward()
+        backward(output.loss)
         return {"loss": output.loss.item() * num_targets_global, **output.metrics}
 
     def evaluate(self, batch: PackedBatch) -> dict[str, float]:

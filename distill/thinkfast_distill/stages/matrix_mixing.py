@@ -40,14 +40,17 @@ class MatrixMixing(LayerwiseStage):
         return int(batch.is_token().any(1).sum())
 
     def compared_layers(self) -> list[int]:
-        """SSM layers."""
-        return mixer_layers(self.student)
+        """SSM layers with a parameter that moves."""
+        moving = {int(name.split(".")[2]) for name in self.trainable_parameters()}
+        return [i for i in mixer_layers(self.student) if i in moving]
 
     def _is_trained(self, name: str) -> bool:
         part = mixer_part(name)
         if part is None:
             # The norm before the mixer is the only other thing the objective reaches.
-            layers = {f"model.layers.{i}.input_layernorm.weight" for i in self.compared_layers()}
+            layers = {
+                f"model.layers.{i}.input_layernorm.weight" for i in mixer_layers(self.student)
+            }
             return self.config.train == "all" and name in layers
         return part in _MATRIX_PARTS
 

@@ -8,7 +8,7 @@ import torch
 
 from thinkfast_distill.batch import PackedBatch
 from thinkfast_distill.losses import LossOutput, cross_entropy_loss
-from thinkfast_distill.stages.base import Stage
+from thinkfast_distill.stages.base import Stage, backward
 
 
 class _CrossEntropy(Stage):
@@ -23,7 +23,7 @@ class _CrossEntropy(Stage):
     def backward(self, batch: PackedBatch, num_targets_global: float) -> dict[str, float]:
         """See ``Stage``."""
         output = self._loss(batch, int(num_targets_global))
-        output.loss.backward()
+        backward(output.loss)
         return {"loss": output.metrics["cross_entropy"], **output.metrics}
 
     def evaluate(self, batch: PackedBatch) -> dict[str, float]:

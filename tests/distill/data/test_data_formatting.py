@@ -1,3 +1,6 @@
+import threading
+import time
+
 import pytest
 
 from thinkfast_distill.data.arith_tokenizer import build_tokenizer
@@ -8,6 +11,8 @@ from thinkfast_distill.data.formatting import (
     pin_chat_template,
     read_chat_template,
 )
+from thinkfast_distill.data.step_labels import labelled_turns
+from thinkfast_distill.step_metrics import label_ids
 
 # Behaves like Llama-3.2's: the date comes from the clock unless date_string is given.
 LLAMA_LIKE = (
@@ -229,3 +234,44 @@ def test_wrong_records_are_reported(fields, record, message):
 def test_unknown_layout_is_refused():
     with pytest.raises(DataError, match="accepted: text, prompt, chat"):
         RecordFormat(layout="alpaca")
+
+
+class OneAtATime:
+    """A tokenizer that, as a Rust one may, fails when two threads call it at once."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer, self._is_busy = tokenizer, False
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text, **options):
+        if self._is_busy:
+            raise RuntimeError("Already borrowed")
+        self._is_busy = True
+        time.sleep(1e-3)
+        self._is_busy = False
+        return self._tokenizer(text, **options)
+
+
+def test_threads_do_not_share_a_call(tokenizer):
+    """The feed's thread and held-out data have one tokenizer, each with a formatter."""
+    shared, failures = OneAtATime(tokenizer), []
+
+    def work():
+        try:
+            for _ in range(10):
+                formatter = Formatter(shared)
+                formatter.tokenise([("text", "5+2")])
+                formatter.tokenise(QUESTION)
+                formatter.tokenise(labelled_turns("Now?", ["1+1=2"], [True]))
+                label_ids(shared)
+        except RuntimeError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []

@@ -13,6 +13,7 @@ from thinkfast_distill.data.errors import DataError
 from thinkfast_distill.data.loader import Loader
 from thinkfast_distill.data.presets import SOURCES, expand
 from thinkfast_distill.data.source_config import source_config
+from thinkfast_distill.data.sources import JsonlRecords
 from thinkfast_distill.recipe import RecipeError
 
 EOS = 2
@@ -466,3 +467,12 @@ def test_presets_are_valid_and_can_be_changed():
         expand({"preset": "openhermes"}, "s")
     with pytest.raises(RecipeError, match="give preset or kind, not both"):
         expand({"preset": "openhermes-2.5", "kind": "jsonl"}, "s")
+
+
+def test_file_that_is_gone_is_named(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "1"}\n')
+    records = JsonlRecords([file])
+    file.unlink()
+    with pytest.raises(DataError, match=r"a\.jsonl: cannot be read \(No such file"):
+        records[0]

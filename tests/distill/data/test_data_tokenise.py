@@ -157,6 +157,21 @@ def test_an_interrupted_command_continues_exactly(tmp_path, formatter, monkeypat
     assert not (tmp_path / "s.partial").exists()
 
 
+@pytest.mark.parametrize("at", ["rename", "unlink"])
+def test_a_kill_at_the_end_loses_nothing(tmp_path, formatter, monkeypatch, at):
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenise_module.Path, at, killed)
+        with pytest.raises(KeyboardInterrupt):
+            tokenise(source_config(ARITH), formatter, tmp_path / "s")
+    if at == "rename":
+        monkeypatch.setattr(tokenise_module.Writer, "add", lambda *_: pytest.fail("begun again"))
+        tokenise(source_config(ARITH), formatter, tmp_path / "s")
+    assert len(MemmapReader(tmp_path / "s", formatter)) == ARITH["num"]
+
+
 def test_a_part_of_another_command_is_not_continued(tmp_path, formatter, monkeypatch):
     def broken(config, formatter, first):
         raise KeyboardInterrupt

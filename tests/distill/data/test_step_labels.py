@@ -112,6 +112,15 @@ def test_label_must_be_a_token_of_its_own(tokenizer):
         Formatter(tokenizer, chat_template=template).tokenise(labelled_turns("Now?", ["a"], [True]))
 
 
+def test_template_that_changes_steps_is_named(tokenizer):
+    template = str(tokenizer.chat_template).replace("['content']", "['content'] | upper")
+    assert template != tokenizer.chat_template
+    with pytest.raises(DataError, match=r"template does not print the step 'a=1' as it is"):
+        Formatter(tokenizer, chat_template=template).tokenise(
+            labelled_turns("Now?", ["a=1"], [True], learn_steps=True)
+        )
+
+
 def test_roles_of_steps_are_refused_in_chats():
     chat = RecordFormat(layout="chat")
     with pytest.raises(DataError, match="role 'shown' is reserved"):

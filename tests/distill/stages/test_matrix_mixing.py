@@ -174,6 +174,17 @@ def test_memory():
     assert peaks[0] == peaks[1] > 0
 
 
+def test_frozen_layer_is_left_out():
+    teacher, student, batch = models.teacher(), models.llamba(), models.batch()
+    objective = build(models.config("matrix_mixing"), student, teacher, freeze=["model.layers.1.*"])
+    models.freeze(objective)
+    assert objective.compared_layers() == [0, 2]
+    sums = objective.backward(batch, objective.count(batch))
+    assert "alignment_1" not in sums
+    assert "alignment_2" in sums
+    assert set(models.gradients(student)) == set(objective.trainable_parameters())
+
+
 def test_build_bad_input():
     with pytest.raises(ValueError, match="matrix_mixing: a Mamba-1 mixer has a matrix per channel"):
         stage(models.hybrid(version="mamba1"), models.teacher())

@@ -50,6 +50,13 @@ def compare(kind, name, world):
         n: p.grad.full_tensor() for n, p in sharded.student.named_parameters() if p.grad is not None
     }
     models.assert_same_gradients(found, wanted)
+    gathered = [
+        one.unsharded_param
+        for group in sharded.student._get_fsdp_state()._fsdp_param_groups
+        for one in group.fsdp_params
+        if hasattr(one, "_unsharded_param")
+    ]
+    assert not any(one._backward_hooks for one in gathered), "a hook stays in every micro-batch"
     layer = next(teacher.blocks()[0].parameters())
     assert layer.to_local().numel() <= layer.numel() // 2 + layer.numel() // len(layer), "not freed"
 
