@@ -34,8 +34,8 @@ Layout = Literal["text", "prompt", "chat", "steps"]
 DEFAULT_DATE = "26 Jul 2024"
 _PIN = "{#- thinkfast-distill: date pinned #}"
 _DATE = re.compile(r"[A-Za-z0-9 .,/-]{1,40}")
-# A call sets options on the shared Rust object, which works without the GIL: two threads at once
-# fail ("Already borrowed") or tokenise with each other's options.
+# A call sets options on the shared Rust object before it encodes: two threads at once tokenise with
+# each other's options or, with older tokenizers, fail ("Already borrowed").
 _ONE_CALL = threading.Lock()
 
 
