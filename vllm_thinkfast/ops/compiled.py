@@ -128,6 +128,28 @@ def address_and_stride(t: torch.Tensor | None) -> tuple[int, int]:
     return (0, 0) if t is None else (t.data_ptr(), t.stride(0))
 
 
+def sequence_indices(
+    state: torch.Tensor,
+    state_indices: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    num_tokens: int,
+) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
+    """Number of sequences, and their slots and offsets as a kernel reads them: int32.
+
+    Args:
+        state: [slots, ...].
+        state_indices: slot of each sequence; None: there is one for each slot, in order.
+        cu_seqlens: offsets of the sequences in the tokens; None: each has one token.
+        num_tokens: of all sequences together.
+    """
+    S = num_tokens if cu_seqlens is None else len(cu_seqlens) - 1
+    slots = None if state_indices is None else state_indices.to(torch.int32)
+    starts = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
+    assert (len(state) if slots is None else len(slots)) == S, (S, state.shape, state_indices)
+    assert starts is None or starts[-1] <= num_tokens, (starts, num_tokens)
+    return S, slots, starts
+
+
 def has_packed_rows(t: torch.Tensor) -> bool:
     """Whether each row of ``t`` [S, ...] is contiguous; the rows may lie apart."""
     size = 1

@@ -10,6 +10,7 @@ All kernels are in one file because numba's cache on disk notices only changes o
 kernel is in.
 """
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -210,6 +211,33 @@ def _tokens(starts: Any, s: Any) -> Any:
     return _load_int32(starts, s), _load_int32(starts, s + 1)
 
 
+@_contracted
+def _slot(slots: Any, stride: Any, s: Any) -> Any:
+    """Where a sequence's state is; without slots at its own number, -1 where there is none."""
+    if slots == 0:
+        return s
+    slot = _load_int32(slots, s * stride)
+    return slot if slot > 0 else -1
+
+
+def _by_dtype(make: Callable[[Any, Any], Any]) -> Any:
+    """What ``make(load, store)`` returns, behind one more argument: the dtype of the cache."""
+    float32 = make(_load_float32, _store_float32)
+    bfloat16 = make(_load_bfloat16, _store_bfloat16)
+    float16 = make(_load_float16, _store_float16)
+
+    @_contracted
+    def call(dtype: Any, *arguments: Any) -> None:
+        if dtype == FLOAT32:
+            float32(*arguments)
+        elif dtype == BFLOAT16:
+            bfloat16(*arguments)
+        else:
+            float16(*arguments)
+
+    return call
+
+
 def _ssd_head(load: Any, store: Any) -> Any:
     @_reassociated
     def update(state: Any, first: Any, P: Any, N: Any, decay: Any, x: Any, B: Any, C: Any, D: Any,
@@ -226,9 +254,7 @@ def _ssd_head(load: Any, store: Any) -> Any:
     return update
 
 
-_ssd_float32 = _ssd_head(_load_float32, _store_float32)
-_ssd_bfloat16 = _ssd_head(_load_bfloat16, _store_bfloat16)
-_ssd_float16 = _ssd_head(_load_float16, _store_float16)
+_update_ssd_head = _by_dtype(_ssd_head)
 
 
 @_kernel
@@ -255,8 +281,8 @@ def discrete_ssd(arguments: Any) -> None:
             return
         for item in range(first_item, end_item):
             s, h = item // H, item % H
-            slot = _load_int32(slots, s * slots_stride) if slots else s
-            if slots and slot <= 0:
+            slot = _slot(slots, slots_stride, s)
+            if slot < 0:
                 continue
             first, group = slot * slot_stride + h * P * N, h * G // H * N
             D_of_head = D + 4 * h * D_head
@@ -266,15 +292,8 @@ def discrete_ssd(arguments: Any) -> None:
                 decay = _ONE / (_ONE + _exp(decay)) if is_logit else _exp(decay)
                 x_head, y_head = x + 4 * (t * x_stride + h * P), y + 4 * (t * H + h) * P
                 B_head, C_head = B + 4 * (t * B_stride + group), C + 4 * (t * C_stride + group)
-                if dtype == FLOAT32:
-                    _ssd_float32(state, first, P, N, decay, x_head, B_head, C_head, D_of_head,
-                                 D_channel, y_head)  # fmt: skip
-                elif dtype == BFLOAT16:
-                    _ssd_bfloat16(state, first, P, N, decay, x_head, B_head, C_head, D_of_head,
-                                  D_channel, y_head)  # fmt: skip
-                else:
-                    _ssd_float16(state, first, P, N, decay, x_head, B_head, C_head, D_of_head,
-                                 D_channel, y_head)  # fmt: skip
+                _update_ssd_head(dtype, state, first, P, N, decay, x_head, B_head, C_head,
+                                 D_of_head, D_channel, y_head)  # fmt: skip
 
 
 def _selective_head(load: Any, store: Any) -> Any:
@@ -296,9 +315,7 @@ def _selective_head(load: Any, store: Any) -> Any:
     return update
 
 
-_selective_float32 = _selective_head(_load_float32, _store_float32)
-_selective_bfloat16 = _selective_head(_load_bfloat16, _store_bfloat16)
-_selective_float16 = _selective_head(_load_float16, _store_float16)
+_update_selective_head = _by_dtype(_selective_head)
 
 
 @_kernel
@@ -326,8 +343,8 @@ def selective_scan(arguments: Any) -> None:
             return
         for item in range(first_item, end_item):
             s, h = item // H, item % H
-            slot = _load_int32(slots, s * slots_stride) if slots else s
-            if slots and slot <= 0:
+            slot = _slot(slots, slots_stride, s)
+            if slot < 0:
                 continue
             first, group = slot * slot_stride + h * P * N, h * G // H * N
             A_head, D_head = A + 4 * h * P * N, D + 4 * h * P
@@ -343,19 +360,12 @@ def selective_scan(arguments: Any) -> None:
                         step = _load_float32(dt_head, p) + _load_float32(dt_bias, h * P + p)
                         _store_float32(steps_head, p, _softplus(step))
                     dt_head = steps_head
-                if dtype == FLOAT32:
-                    _selective_float32(state, first, P, N, dt_head, x_head, A_head, B_head, C_head,
-                                       D_head, y_head)  # fmt: skip
-                elif dtype == BFLOAT16:
-                    _selective_bfloat16(state, first, P, N, dt_head, x_head, A_head, B_head, C_head,
-                                        D_head, y_head)  # fmt: skip
-                else:
-                    _selective_float16(state, first, P, N, dt_head, x_head, A_head, B_head, C_head,
-                                       D_head, y_head)  # fmt: skip
+                _update_selective_head(dtype, state, first, P, N, dt_head, x_head, A_head, B_head,
+                                       C_head, D_head, y_head)  # fmt: skip
 
 
-def _conv_channels(load: Any, store: Any, fixed_taps: int) -> Any:
-    """For this many taps and contiguous channels, which vectorises; 0: for any taps and strides."""
+def _conv_channels(fixed_taps: int, load: Any, store: Any) -> Any:
+    """For this many taps and contiguous channels, which vectorises; 0: any taps and strides."""
 
     @_contracted
     def update(u: Any, state: Any, first: Any, k_stride: Any, any_stride: Any, weight: Any,
@@ -385,12 +395,8 @@ def _conv_channels(load: Any, store: Any, fixed_taps: int) -> Any:
     return update
 
 
-_conv4_float32 = _conv_channels(_load_float32, _store_float32, 4)
-_conv4_bfloat16 = _conv_channels(_load_bfloat16, _store_bfloat16, 4)
-_conv4_float16 = _conv_channels(_load_float16, _store_float16, 4)
-_conv_float32 = _conv_channels(_load_float32, _store_float32, 0)
-_conv_bfloat16 = _conv_channels(_load_bfloat16, _store_bfloat16, 0)
-_conv_float16 = _conv_channels(_load_float16, _store_float16, 0)
+_convolve_4 = _by_dtype(functools.partial(_conv_channels, 4))
+_convolve_any = _by_dtype(functools.partial(_conv_channels, 0))
 
 
 @_kernel
@@ -413,29 +419,15 @@ def causal_conv(arguments: Any) -> None:
             return
         for item in range(first_item, end_item):
             s, block = item // blocks, item % blocks
-            slot = _load_int32(slots, s * slots_stride)
-            if slot <= 0:
+            slot = _slot(slots, slots_stride, s)
+            if slot < 0:
                 continue
             begin, end = block * C // blocks, (block + 1) * C // blocks
             first = slot * slot_stride
             u_row, y_row = u + width * s * u_stride, y + width * s * C
-            if dtype == FLOAT32:
-                if K == 4 and c_stride == 1:
-                    _conv4_float32(u_row, state, first, k_stride, c_stride, weight, bias, is_silu,
-                                   K, y_row, begin, end)  # fmt: skip
-                else:
-                    _conv_float32(u_row, state, first, k_stride, c_stride, weight, bias, is_silu,
-                                  K, y_row, begin, end)  # fmt: skip
-            elif dtype == BFLOAT16:
-                if K == 4 and c_stride == 1:
-                    _conv4_bfloat16(u_row, state, first, k_stride, c_stride, weight, bias, is_silu,
-                                    K, y_row, begin, end)  # fmt: skip
-                else:
-                    _conv_bfloat16(u_row, state, first, k_stride, c_stride, weight, bias, is_silu,
-                                   K, y_row, begin, end)  # fmt: skip
-            elif K == 4 and c_stride == 1:
-                _conv4_float16(u_row, state, first, k_stride, c_stride, weight, bias, is_silu,
-                               K, y_row, begin, end)  # fmt: skip
+            if K == 4 and c_stride == 1:
+                _convolve_4(dtype, u_row, state, first, k_stride, c_stride, weight, bias, is_silu,
+                            K, y_row, begin, end)  # fmt: skip
             else:
-                _conv_float16(u_row, state, first, k_stride, c_stride, weight, bias, is_silu,
-                              K, y_row, begin, end)  # fmt: skip
+                _convolve_any(dtype, u_row, state, first, k_stride, c_stride, weight, bias,
+                              is_silu, K, y_row, begin, end)  # fmt: skip

@@ -117,7 +117,7 @@ def _run_compiled(
     Updates ``state`` [slots, H, P, N], of any float dtype, in place; returns y [T, H, P].
     """
     T, H, P = x.shape
-    S = T if cu_seqlens is None else len(cu_seqlens) - 1
+    S, slots, starts = compiled.sequence_indices(state, state_indices, cu_seqlens, T)
     G, N = B.shape[1:]
     assert state.shape[1:] == (H, P, N), (state.shape, x.shape, B.shape)
     assert log_decay.shape == (T, H), log_decay.shape
@@ -125,10 +125,6 @@ def _run_compiled(
     assert H % G == 0, (H, G)
     xf, steps = compiled.float_rows(x), compiled.float_rows(log_decay)
     Bf, Cf = compiled.float_rows(B), compiled.float_rows(C)
-    slots = None if state_indices is None else state_indices.to(torch.int32)
-    starts = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
-    assert (len(state) if slots is None else len(slots)) == S, (S, state.shape, state_indices)
-    assert starts is None or starts[-1] <= T, (starts, T)
     if D is None:
         Df, d_head, d_channel = _no_d(), 0, 0
     else:

@@ -113,7 +113,7 @@ def _run_compiled(
     Updates ``state`` [slots, E, N], of any float dtype, in place; returns y [T, E].
     """
     T, E = x.shape
-    S = T if cu_seqlens is None else len(cu_seqlens) - 1
+    S, slots, starts = compiled.sequence_indices(state, state_indices, cu_seqlens, T)
     H, N = C.shape[1:]
     G = B.shape[1]
     assert state.shape[1:] == A.shape == (E, N), (state.shape, A.shape, x.shape, C.shape)
@@ -125,10 +125,6 @@ def _run_compiled(
     xf, dtf = compiled.float_rows(x), compiled.float_rows(dt)
     Bf, Cf = compiled.float_rows(B), compiled.float_rows(C)
     Af, Df = A.float().contiguous(), D.float().contiguous()
-    slots = None if state_indices is None else state_indices.to(torch.int32)
-    starts = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
-    assert (len(state) if slots is None else len(slots)) == S, (S, state.shape, state_indices)
-    assert starts is None or starts[-1] <= T, (starts, T)
     y = torch.empty(T, E, dtype=torch.float32, device=x.device)
     kernel(
         S * H, T * E * N, H, E // H, N, G,
