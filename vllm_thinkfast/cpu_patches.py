@@ -1,14 +1,20 @@
-"""Patches that our CPU kernels need; a part of ``compat.py``, where the rules for patches are."""
+"""Patches for engines on CPUs; a part of ``compat.py``, where the rules for patches are."""
+
+from __future__ import annotations
 
 import functools
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_thinkfast import compat
 from vllm_thinkfast.import_hooks import when_imported
 
+if TYPE_CHECKING:
+    import torch
+
 _DISPATCHER = "vllm.triton_utils.dispatcher"
 _LLVMLITE = "llvmlite.binding.ffi"
+_KERNELS = "vllm.utils.cpu_triton_utils"
 
 
 def register_llvmlite_fix() -> None:
@@ -48,3 +54,47 @@ def _hide_llvmlite() -> None:
 
     register_kernels.thinkfast_original = original  # type: ignore[attr-defined]
     dispatcher.register_kernels = register_kernels  # type: ignore[attr-defined]
+
+
+def register_draft_sampling_fix() -> None:
+    """Requests with a temperature get tokens of their own distribution when there are drafts.
+
+    Patch: replaces ``_expand_kernel_impl`` of vLLM's CPU kernels, for every model.
+    Why: it hands temperature, top_k and top_p of each request on to the request's drafted tokens.
+    vLLM 0.32 writes them to a converted copy of the result, so that logits are divided by whatever
+    the memory held: texts of no sense for every sampled request, with drafts of any kind
+    (https://github.com/vllm-project/vllm/issues/55005). Greedy requests do not need it.
+    Remove when: pull request 55006, or another mend of that issue, is in the oldest vLLM that
+    drafts (``compat.FIRST_WITH_DRAFTS``).
+    """
+    when_imported(_KERNELS, _replace_expand_kernel)
+
+
+def _replace_expand_kernel() -> None:
+    kernels = sys.modules[_KERNELS]
+    # Where it is missing, vLLM came to do without it.
+    if hasattr(kernels, "_expand_kernel_impl"):
+        kernels._expand_kernel_impl = expand_to_tokens  # type: ignore[attr-defined]
+
+
+def expand_to_tokens(
+    output: torch.Tensor,
+    values: torch.Tensor,
+    cu_num_tokens: torch.Tensor,
+    replace_from: float,
+    replace_to: float,
+    MAX_NUM_TOKENS: int | None = None,
+) -> None:
+    """Repeats each request's value for its tokens.
+
+    Args:
+        output: [tokens], of the values' dtype; written.
+        values: [requests], of any dtype.
+        cu_num_tokens: [requests], integer: ends of the requests in the tokens.
+        replace_from: a value that stands for another.
+        replace_to: the other.
+        MAX_NUM_TOKENS: unused; vLLM's kernels for GPUs need it.
+    """
+    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+    replaced = values.masked_fill(values == replace_from, replace_to)
+    output.copy_(replaced.repeat_interleave(counts))

@@ -48,6 +48,7 @@ def register() -> None:
     compat.register_memory_message(architectures)
     compat.register_cpu_seed_fix()
     cpu_patches.register_llvmlite_fix()
+    cpu_patches.register_draft_sampling_fix()
     _registered = True
 
 

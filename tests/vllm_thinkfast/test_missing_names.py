@@ -6,12 +6,14 @@ What is gone costs a line in the log, no error; what moved is found; a new argum
 import importlib
 import importlib.machinery
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from vllm_thinkfast import compat, cpu_patches, scheduler_patches
 
@@ -21,6 +23,11 @@ def put_back_in_engine(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     engine_core = sys.modules.get("vllm.v1.engine.core")
     if engine_core is not None:
         monkeypatch.setattr(engine_core, name, getattr(engine_core, name))
+
+
+def our_records(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """Without vLLM's own, which warns where it is imported for the first time."""
+    return [record for record in caplog.records if record.name.startswith("vllm_thinkfast")]
 
 
 def cache_planning() -> list[ModuleType]:
@@ -35,7 +42,7 @@ def test_memory_message(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
     caplog.clear()  # of what vLLM says at its first import
     compat.register_memory_message(("LlambaForCausalLM",))
     assert not any(hasattr(module, "get_kv_cache_configs") for module in cache_planning())
-    (record,) = caplog.records
+    (record,) = our_records(caplog)
     assert "no get_kv_cache_configs" in record.getMessage()
 
 
@@ -106,7 +113,7 @@ def test_cpu_seeds(
     before = dict(vars(Renamed))
     compat._restore_cpu_generators()
     assert dict(vars(Renamed)) == before
-    (record,) = caplog.records
+    (record,) = our_records(caplog)
     assert "no CPUModelRunner._sample or ._bookkeeping_sync" in record.getMessage()
 
 
@@ -153,7 +160,7 @@ def test_scheduler_without_table(caplog: pytest.LogCaptureFixture) -> None:
     assert scheduler_of(3, "LlamaForCausalLM").name == "one"
     assert not caplog.records
     assert scheduler_of(3, "LlambaForCausalLM").name == "one"
-    (record,) = caplog.records
+    (record,) = our_records(caplog)
     assert "no Scheduler.dynamic_sd_lookup" in record.getMessage()
 
 
@@ -162,7 +169,7 @@ def test_no_scheduler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapture
     monkeypatch.delattr(module, "Scheduler")
     caplog.clear()
     scheduler_patches.register_scheduler_patches(("LlambaForCausalLM",))
-    (record,) = caplog.records
+    (record,) = our_records(caplog)
     assert "no Scheduler, which" in record.getMessage()
 
 
@@ -193,3 +200,25 @@ def test_dispatcher_without_register_kernels(
     monkeypatch.delattr(dispatcher, "register_kernels")
     cpu_patches.register_llvmlite_fix()
     assert "no register_kernels, which" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("values", "replaced", "expected"),
+    [
+        (torch.tensor([0.7, 0.0, 1.5]), (0, 1), [0.7, 0.7, 1.0, 1.5, 1.5, 1.5]),
+        (torch.tensor([50, 3, 7], dtype=torch.int32), (0, 0), [50, 50, 3, 7, 7, 7]),
+    ],
+)
+def test_sampling_settings_reach_the_drafted_tokens(
+    values: torch.Tensor, replaced: tuple[int, int], expected: list[float]
+) -> None:
+    """vLLM's own function leaves the result as it was; the plugin's is in its place."""
+    kernels = pytest.importorskip("vllm.utils.cpu_triton_utils")
+    cpu_patches.register_draft_sampling_fix()
+    assert kernels._expand_kernel_impl is cpu_patches.expand_to_tokens
+    output = torch.full((6,), -1, dtype=values.dtype)
+    before = values.clone()
+    ends = torch.tensor([2, 3, 6], dtype=torch.int32)
+    kernels._expand_kernel_impl(output, values, ends, *replaced, MAX_NUM_TOKENS=128)
+    assert torch.equal(output, torch.tensor(expected, dtype=values.dtype))
+    assert torch.equal(values, before)

@@ -31,6 +31,8 @@ BlockFactory = Callable[[str], nn.Module]
 
 _DRAFTS_WITHOUT_MODEL = ("ngram", "suffix")
 """Methods of speculative decoding whose drafts come from the text so far."""
+_DRAFTER = "vllm_thinkfast.drafter.RecurrentDrafter"
+"""How a configuration names our own proposer."""
 
 
 def check_speculation(vllm_config: VllmConfig) -> None:
@@ -48,10 +50,13 @@ def check_speculation(vllm_config: VllmConfig) -> None:
             "speculative_config: a KV connector (kv_transfer_config, kv_offloading_size) brings a "
             "state without its number of tokens, which drafts need; leave out one of the two."
         )
-    if speculation.method in _DRAFTS_WITHOUT_MODEL:
+    if speculation.method in _DRAFTS_WITHOUT_MODEL or speculation.model == _DRAFTER:
         return
     model = vllm_config.model_config.model
-    accepted = f"accepted: {' and '.join(_DRAFTS_WITHOUT_MODEL)}."
+    accepted = (
+        f"accepted: {', '.join(_DRAFTS_WITHOUT_MODEL)}, and for a Llamba as draft model "
+        f"{_DRAFTER} (docs/serving.md)."
+    )
     if speculation.draft_model_config is vllm_config.model_config:
         raise ValueError(
             f"speculative_config: {model} cannot be the draft model: vLLM rolls a draft back by "

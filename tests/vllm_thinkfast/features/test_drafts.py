@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.vllm_thinkfast.features.conftest import PLAIN
-from tests.vllm_thinkfast.features.run_ngram import run_ngram
+from tests.vllm_thinkfast.features.run_drafts import run_drafts
 from tests.vllm_thinkfast.models.engines import EnginePool, greedy
 from vllm_thinkfast import compat
 
@@ -25,7 +25,7 @@ def test_preempted_and_chunked(folder: Path, engines: EnginePool) -> None:
     prefill, in any order. Without _move_to_first_slot one of these texts changes.
     """
     expected = greedy(engines.get(folder, **PLAIN), LONG, NUM_TOKENS)
-    tokens, num_drafted, num_accepted = run_ngram(
+    tokens, num_drafted, num_accepted, _ = run_drafts(
         folder,
         LONG,
         NUM_TOKENS,
@@ -41,5 +41,5 @@ def test_prompt_of_one_token_beside_others(folder: Path, engines: EnginePool) ->
     """vLLM fills a new request's only token up with placeholders, to the length of a draft."""
     prompts = [LONG[0], [5], [3], LONG[1], [8]]
     expected = greedy(engines.get(folder, **PLAIN), prompts, NUM_TOKENS)
-    tokens, *_ = run_ngram(folder, prompts, NUM_TOKENS, arrivals=[0, 4, 8, 8, 13], max_num_seqs=5)
+    tokens, *_ = run_drafts(folder, prompts, NUM_TOKENS, arrivals=[0, 4, 8, 8, 13], max_num_seqs=5)
     assert tokens == expected

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.vllm_thinkfast.features.conftest import CHUNKED, PLAIN, PROMPTS, REPETITIVE, Plain
-from tests.vllm_thinkfast.features.run_ngram import run_ngram
+from tests.vllm_thinkfast.features.run_drafts import run_drafts
 from tests.vllm_thinkfast.features.test_settings import mixers
 from tests.vllm_thinkfast.models.engines import (
     EnginePool,
@@ -123,7 +123,7 @@ def test_drafts(folder: Path, engines: EnginePool, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv(envs.SSM_STATE, "int8")
     llm = engines.get(folder, **PLAIN, enable_prefix_caching=False)
     expected = greedy(llm, REPETITIVE, NUM_TOKENS)
-    tokens, num_drafted, num_accepted = run_ngram(folder, REPETITIVE, NUM_TOKENS)
+    tokens, num_drafted, num_accepted, _ = run_drafts(folder, REPETITIVE, NUM_TOKENS)
     assert 0 < num_accepted < num_drafted
     assert tokens == expected
 

@@ -17,7 +17,6 @@ from tests.vllm_thinkfast.models.engines import (
     log_probabilities,
     token_prompts,
 )
-from vllm_thinkfast import compat
 
 pytestmark = pytest.mark.engine
 
@@ -152,27 +151,6 @@ def test_state_memory_metrics_entry_point(family: str) -> None:
 def test_sleep_is_refused(folder: Path, engines: EnginePool) -> None:
     with pytest.raises(ValueError, match=r"[Ss]leep mode is not supported"):
         engines.get(folder, enable_sleep_mode=True)
-
-
-def why_no_draft_model() -> str:
-    """The reason with the installed vLLM; below FIRST_WITH_DRAFTS every draft is refused."""
-    if not compat.has_drafts():
-        return f"recurrent models need vLLM {compat.FIRST_WITH_DRAFTS} for drafts of any kind"
-    return (
-        "vLLM takes back rejected tokens of a draft by overwriting keys and values; a recurrent "
-        "state has no positions to overwrite"
-    )
-
-
-@pytest.mark.feature(
-    "speculative decoding, one of these models as draft", refused=why_no_draft_model()
-)
-def test_draft_model_is_refused(folder: Path, engines: EnginePool) -> None:
-    settings = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 2}
-    of_any_draft = r"speculative_config: recurrent models need vLLM"
-    reason = r"speculative_config: method .draft_model." if compat.has_drafts() else of_any_draft
-    with pytest.raises(ValueError, match=reason):
-        engines.get(folder, speculative_config=settings)
 
 
 @pytest.mark.feature(

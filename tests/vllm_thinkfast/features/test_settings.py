@@ -27,7 +27,7 @@ from tests.vllm_thinkfast.features.conftest import (
     REPETITIVE,
     Plain,
 )
-from tests.vllm_thinkfast.features.run_ngram import run_ngram
+from tests.vllm_thinkfast.features.run_drafts import run_drafts
 from tests.vllm_thinkfast.models.engines import (
     EnginePool,
     greedy,
@@ -205,7 +205,7 @@ def test_ngram(folder: Path, plain: Plain) -> None:
     """Same tokens, some of them from accepted drafts, others after rejected ones."""
     if not compat.has_drafts():
         pytest.skip("refused with this vLLM: tests/vllm_thinkfast/models/test_speculation.py")
-    tokens, num_drafted, num_accepted = run_ngram(folder, REPETITIVE, NUM_REPETITIVE_TOKENS)
+    tokens, num_drafted, num_accepted, _ = run_drafts(folder, REPETITIVE, NUM_REPETITIVE_TOKENS)
     assert tokens == plain.repetitive
     assert 0 < num_accepted < num_drafted
 
