@@ -126,7 +126,10 @@ def _last_phrase(text: str) -> str | None:
     formula = _displayed(rest)
     if formula:
         return formula
-    line = next((line for line in rest.split("\n") if _says_something(line)), "")
+    lines = rest.split("\n")
+    if _SENTENCE_END.match(lines[0]):
+        return None  # as in "I do not know what the answer is."
+    line = next((line for line in lines if _says_something(line)), "")
     line = line[:MAX_ANSWER_CHARS].strip().strip("*_ ")
     number = _LEADING_NUMBER.match(line)
     if number:

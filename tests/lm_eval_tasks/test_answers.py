@@ -120,6 +120,7 @@ def test_equivalent_asks_once_per_pair(monkeypatch: pytest.MonkeyPatch) -> None:
         ("Answer:\n\\[\n18", "18", "phrase"),
         ("I get 18.\nThe answer is:\n\\[\n\\]\n", "18", "number"),
         ("I get 18.\nThe answer is:\n---\n", "18", "number"),
+        ("I wonder what the answer is.\n\nIt may be 18 cows", "18", "number"),
         ("\\boxed{18}.\n\nA farmer has 12 cows. Answer within \\boxed{}.", "18", "boxed"),
         ("\\boxed{18} and \\boxed{ \n} or \\boxed{\\boxed{}}", "18", "boxed"),
         ("\\boxed{3} and \\boxed{\\{\\}}", "\\{\\}", "boxed"),
