@@ -196,7 +196,9 @@ def reallocation(
     ends = np.array([value.shape[1] - 1 for value in found.values])
     highest = float(np.mean([cost[:, -1].mean() for cost in found.costs]))
     first = min(float(cost[:, 1].min()) for cost in found.costs)
-    grid = log_grid(max(first, highest * 1e-4), highest, _GRID_POINTS)
+    # Of one round only, the first sample is all there is.
+    lowest = min(max(first, highest * 1e-4), highest / 2)
+    grid = log_grid(lowest, highest, _GRID_POINTS)
     rounds = np.arange(longest)
     curves = {name: np.zeros((draws + 1, len(grid))) for name in ("uniform", "adaptive")}
     for order in range(num_orders):

@@ -39,7 +39,7 @@ from lm_eval_tasks.estimators import bootstrap, reported_ks
 from lm_eval_tasks.provenance import CONDITIONS, read_grading, read_reward, values_of
 from lm_eval_tasks.rewards.scores import read_scores, reward_names
 from lm_eval_tasks.samples import SampleStore
-from lm_eval_tasks.scored import ScoredSample, load_scored_run
+from lm_eval_tasks.scored import ScoredSample, load_scored_run, rate_over_problems
 from lm_eval_tasks.scoring import ProblemScore, method_values
 from lm_eval_tasks.throughput import read_throughput
 from lm_eval_tasks.timing import caches_of, loads_of, rounds_of, slowness, timing_spread
@@ -144,9 +144,9 @@ def load_run(folder: Path, settings: Settings, with_early_stops: bool = False) -
         "fewest_samples": min(counts),
         "most_samples": max(counts),
         "distinct_texts": scored.num_distinct_texts / len(records),
-        "truncated": sum(one.is_truncated for one in flat) / len(flat),
-        "no_answer": sum(one.answer_class is None for one in flat) / len(flat),
-        "tokens_per_sample": sum(one.num_tokens for one in flat) / len(flat),
+        "truncated": rate_over_problems(samples.values(), lambda one: one.is_truncated),
+        "no_answer": rate_over_problems(samples.values(), lambda one: one.answer_class is None),
+        "tokens_per_sample": rate_over_problems(samples.values(), lambda one: one.num_tokens),
         "prompt_tokens_per_sample": prompt_tokens / len(flat),
         "prefix_cache_hits": sum(known_cached) / prompt_tokens
         if len(known_cached) == len(cached) and prompt_tokens

@@ -1,10 +1,11 @@
 r"""Find the final answer in a sampled text, and decide whether it equals the gold answer.
 
-Extraction (version 1; the task version counts it) takes the first rule that finds something:
+Extraction (version 2; the task version counts it) takes the first rule that finds something:
 
-1. ``boxed``: the content of the last balanced ``\boxed{...}`` (or ``\fbox``);
+1. ``boxed``: the content of the last balanced ``\boxed{...}`` (or ``\fbox``) that has any;
 2. ``hash``: the number after the last GSM8K-style ``#### ``;
-3. ``phrase``: what follows the last "answer is", "answer:" or "answer =" on its line;
+3. ``phrase``: what follows the last "answer is", "answer:" or "answer =" on its line, or on the
+   first line after it that says something, or in the displayed formula after it;
 4. ``number``: the last number in the text.
 
 Equality: equal strings after light normalisation, else exact rational numbers, else math-verify in
@@ -14,6 +15,7 @@ expressions (sympy's ``parse_expr``, which is ``eval``) is not used. What differ
 alone: rational numbers are compared exactly, so 0.333333 is not 1/3.
 """
 
+import itertools
 import re
 import threading
 from collections.abc import Sequence
@@ -27,7 +29,7 @@ Source = Literal["boxed", "hash", "phrase", "number", "fence", "body", "code"]
 
 #: The extraction rules in order, and their version. Part of every task's version: changing a rule
 #: means a new number here and a new version in the tasks' YAML files.
-EXTRACTION = "boxed-hash-phrase-number/1"
+EXTRACTION = "boxed-hash-phrase-number/2"
 
 #: Characters at the end of a text that are searched; an answer further up is not a final answer.
 MAX_TEXT_CHARS = 65_536
@@ -58,6 +60,15 @@ _LEADING_NUMBER = re.compile(
     rf"((?:{_NUMBER})(?:/\d+)?%?)(?=[.,;:!?]?$|[.,;:!?]?\s+(?!(?:and|or)\b)[A-Za-z(])"
 )
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
+_DISPLAY = re.compile(r"\\\[(.+?)\\\]|\$\$(.+?)\$\$", re.DOTALL)
+_ALIGNED = re.compile(
+    r"\\begin\{((?:align|aligned|alignat|equation|gather|gathered|split|multline)\*?)\}"
+    r"(.*?)\\end\{\1\}",
+    re.DOTALL,
+)
+_ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[^{}\n]*\}")
+_CODE_FENCE = re.compile(r"[ \t]*(?:```|~~~)[\w+.-]*[ \t]*")
+_SUBSTANCE = re.compile(r"[^\W_]")
 
 
 def extract_answer(text: str) -> Extracted:
@@ -80,16 +91,26 @@ def extract_answer(text: str) -> Extracted:
 
 
 def _last_boxed(text: str) -> str | None:
-    r"""Return the content of the balanced ``\boxed{}`` that opens last, in one pass."""
+    r"""Return the content of the balanced ``\boxed{}`` that opens last, in one pass.
+
+    Boxes of nothing, or of nothing but such boxes, do not count: the prompt's own ``\boxed{}``,
+    repeated after the answer, is none.
+    """
     open_braces: list[int | None] = []  # where a box's content starts, None for a plain brace
     last: tuple[int, int] | None = None
+    ink = before = 0  # the end of the last thing that is neither blank nor a brace; of the token
     for match in _BRACES.finditer(text):
         token = match[0]
+        if text[before : match.start()].strip():
+            ink = match.start()
+        before = match.end()
+        if len(token) == 2:
+            ink = before
         if token == "{":
             open_braces.append(None)
         elif token == "}":
             start = open_braces.pop() if open_braces else None
-            if start is not None and (last is None or start > last[0]):
+            if start is not None and ink > start and (last is None or start > last[0]):
                 last = (start, match.start())
         elif token.endswith("{") and len(token) > 2:
             open_braces.append(match.end())
@@ -97,12 +118,19 @@ def _last_boxed(text: str) -> str | None:
 
 
 def _last_phrase(text: str) -> str | None:
-    """Return what follows the last "answer is" on its line, reduced to its leading value."""
+    """Return what follows the last "answer is", reduced to its leading value."""
     matches = list(_PHRASE.finditer(text))
     if not matches:
         return None
     rest = text[matches[-1].end() :].lstrip("\n*_ ")
-    line = rest.split("\n", 1)[0][:MAX_ANSWER_CHARS].strip().strip("*_ ")
+    formula = _displayed(rest)
+    if formula:
+        return formula
+    lines = rest.split("\n")
+    if _SENTENCE_END.match(lines[0]):
+        return None  # as in "I do not know what the answer is."
+    line = next((line for line in lines if _says_something(line)), "")
+    line = line[:MAX_ANSWER_CHARS].strip().strip("*_ ")
     number = _LEADING_NUMBER.match(line)
     if number:
         return number[1]
@@ -113,10 +141,40 @@ def _last_phrase(text: str) -> str | None:
     return (line[: end.start()] if end else line).strip("*_ ") or None
 
 
+def _displayed(text: str) -> str | None:
+    """Return the formula of several lines that a text begins with; of aligned lines the last."""
+    block = _DISPLAY.match(text) or _ALIGNED.match(text)
+    if block is None or "\n" not in block[0] or len(block[0]) > 2 * MAX_ANSWER_CHARS:
+        return None
+    formula = block[0] if block.re is _ALIGNED else (block[1] or block[2]).strip()
+    aligned = _ALIGNED.fullmatch(formula)
+    if aligned:
+        lines = [line for line in aligned[2].split("\\\\") if _says_something(line)]
+        formula = (lines or [""])[-1].rpartition("&=")[2].strip()
+    return formula if _says_something(formula) else None
+
+
+def _says_something(line: str) -> bool:
+    """Return whether a line is more than what surrounds a formula or a block of code."""
+    if _CODE_FENCE.fullmatch(line):
+        return False
+    return _SUBSTANCE.search(_ENVIRONMENT.sub("", line)) is not None
+
+
 # Each pattern starts at a backslash that is not the second of a line break (two backslashes).
 _DELIMITER = re.compile(r"(?<!\\)\\[()$]|\$")
 _SPACING = re.compile(r"(?<!\\)\\[!,;:>]|(?<!\\)\\q?quad(?![a-zA-Z])|~")
 _SIZING = re.compile(r"(?<!\\)\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])")
+_DEGREE = re.compile(
+    r"(?:\^ ?\{ ?(?:°|\\(?:circ|degree)(?![a-zA-Z])) ?\}"
+    r"|(?:\^ ?)?(?:°|(?<!\\)\\degree(?![a-zA-Z])))(?P<letter> ?(?=[a-zA-Z]))?"
+)
+# Outside of brackets a blank after a comma tells a list of numbers from one number with thousands.
+_LISTED = re.compile(
+    r"(?P<open>\\\{|[(\[])|(?P<close>\\\}|[)\]])"
+    r"|(?<=\d),(?:\s|(?<!\\)\\(?:[ ,;:>]|q?quad(?![a-zA-Z]))|~)+(?=\d{3}(?!\d))"
+)
+_LIST_BLANK = re.compile(r"(?<=,)\0(?=\d{3}(?!\d))")
 _FREE_SPACE = re.compile(r"\s+(?=[^\w\s{}])|(?<=[^\w\s\\{}])\s+")
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 
@@ -125,15 +183,35 @@ def normalise(answer: str) -> str:
     r"""Return a canonical spelling of a LaTeX answer without changing what it means.
 
     Removes math delimiters, currency signs, spacing and sizing commands, spaces that LaTeX ignores,
-    and trailing punctuation; spells ``\dfrac`` and ``\tfrac`` as ``\frac``.
+    and trailing punctuation; spells ``\dfrac`` and ``\tfrac`` as ``\frac`` and degrees as
+    ``^\circ``. In a list of numbers (``100, 200``) the blank before three digits stays.
     """
     text = _DELIMITER.sub("", answer.replace("\u2212", "-"))
+    text = _keep_lists(text)
     text = re.sub(r"(?<!\\)\\ ", " ", text)
     text = _SIZING.sub("", _SPACING.sub("", text))
     text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     text = " ".join(text.split())
-    text = _FREE_SPACE.sub("", text)
+    text = _DEGREE.sub(lambda m: "^\\circ" + ("" if m["letter"] is None else " "), text)
+    text = _LIST_BLANK.sub(" ", _FREE_SPACE.sub("", text))
     return text.rstrip(".,;: ")
+
+
+def _keep_lists(text: str) -> str:
+    """Put a NUL, which is no blank, for the blanks that must stay between the numbers of a list."""
+    depth = 0
+
+    def mark(match: re.Match[str]) -> str:
+        nonlocal depth
+        if match["open"]:
+            depth += 1
+        elif match["close"]:
+            depth = max(depth - 1, 0)
+        elif not depth:
+            return ",\0"
+        return match[0]
+
+    return _LISTED.sub(mark, text)
 
 
 _RATIONAL = re.compile(
@@ -175,6 +253,7 @@ def number_in_words(answer: str) -> Fraction | None:
     ``\text{}`` is words, unless the number stands nowhere else.
     """
     text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), normalise(answer))
+    text = text.replace("^\\circ", " ")
     for bare in (_TEXT_COMMAND.sub(" ", text), normalise(_TEXT_COMMAND.sub(r" \1 ", text))):
         value = bare.rpartition("=")[2]
         if len(value) > MAX_ANSWER_CHARS or _OPERATOR.search(value.replace("\\%", "")):
@@ -183,6 +262,66 @@ def number_in_words(answer: str) -> Fraction | None:
         if tokens:
             return Fraction(tokens[0]) if len(tokens) == 1 else None
     return None
+
+
+# Beside numbers, words, commas and blanks: then only the numbers of a list count.
+_NOT_PLAIN = re.compile(r"[^\w\s,.+-]|(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z])|_")
+
+
+def _quantities(answer: str) -> list[Fraction]:
+    r"""Return the numbers of a normalised answer two of which nothing but words separate.
+
+    Of ``2\text{ hours and }30\text{ minutes}`` math-verify reads the 2 alone. An answer of one
+    number, or with operators between its numbers, has none of these.
+    """
+    text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), answer)
+    text = _TEXT_COMMAND.sub("\0", text.replace("\0", " "))
+    numbers = list(_TOKEN.finditer(text))
+    gaps = [text[a.end() : b.start()] for a, b in itertools.pairwise(numbers)]
+    if not any(_is_words(gap) for gap in gaps):
+        return []
+    return [Fraction(number[0]) for number in numbers]
+
+
+def _is_words(gap: str) -> bool:
+    """Return whether words, at least one, and no sign of mathematics stand between two numbers."""
+    words = re.sub(r"[A-Za-z]{2,}", "\0", gap)
+    return "\0" in words and not words.strip("\0 ,")
+
+
+def _counts_otherwise(gold: str, answer: str) -> bool:
+    """Return whether one of two normalised answers has several quantities and the other has not.
+
+    Where both have, and beside them words alone, the numbers must be the same ones.
+    """
+    expected, found = _quantities(gold), _quantities(answer)
+    bare = [_TEXT_COMMAND.sub(" ", text).strip() for text in (gold, answer)]
+    if expected and found:
+        return not any(map(_NOT_PLAIN.search, bare)) and sorted(expected) != sorted(found)
+    if expected:
+        return parse_number(bare[1]) is not None
+    if not found or "\\pm" in gold or "\\mp" in gold:
+        return False
+    return parse_number(bare[0]) is not None or len(_TOKEN.findall(bare[0])) == 1
+
+
+# A numeral with its base: 52_8, 52_{8}, (52)_8, 52_{\text{eight}}.
+_NUMERAL = re.compile(
+    r"\(?(?P<digits>\d[\dA-F]*)\)?_"
+    r"(?:(?P<one>\d)|(?P<brace>\{)? ?(?P<text>\\(?:text|mathrm) ?\{)? ?(?P<base>\d+|[a-z]+) ?"
+    r"(?(text)\} ?)(?(brace)\}))"
+)
+_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9}
+
+
+def based_numeral(answer: str) -> tuple[str, int] | None:
+    """Return digits and base of a numeral that names its base, else None."""
+    match = _NUMERAL.fullmatch(normalise(answer))
+    if match is None:
+        return None
+    name = match["one"] or match["base"]
+    base = int(name) if name.isdecimal() and len(name) <= 2 else _BASES.get(name)
+    return None if base is None else (match["digits"], base)
 
 
 def equivalent(gold: str, answer: str) -> bool:
@@ -234,7 +373,16 @@ def _cheap_verdict(gold: str, answer: str) -> bool | None:
     numbers = parse_number(gold), parse_number(answer)
     if numbers[0] is not None and numbers[1] is not None:
         return numbers[0] == numbers[1]
-    return None
+    return _closer_verdict(gold, answer)
+
+
+def _closer_verdict(gold: str, answer: str) -> bool | None:
+    """Decide what math-verify reads too little of: bases, and quantities after the first one."""
+    expected, found = based_numeral(gold), based_numeral(answer)
+    if expected is not None and (found is not None or answer.isdecimal()):
+        # Where the base is known, as the gold answer's is, digits alone say enough.
+        return expected == (found or (answer, expected[1]))
+    return False if _counts_otherwise(gold, answer) else None
 
 
 def equal_pairs(pairs: Sequence[tuple[str, str]]) -> list[bool]:
@@ -244,9 +392,14 @@ def equal_pairs(pairs: Sequence[tuple[str, str]]) -> list[bool]:
         pairs: answers as extracted; unlike in `equivalent_many` neither one is the gold answer, so
             a pair is equal when math-verify says so for one of its two orders.
     """
-    forward = _verifier.verify_pairs([(normalise(a), normalise(b)) for a, b in pairs])
-    backward = _verifier.verify_pairs([(normalise(b), normalise(a)) for a, b in pairs])
-    return [one or other for one, other in zip(forward, backward, strict=True)]
+    texts = [(normalise(a), normalise(b)) for a, b in pairs]
+    # Neither is the gold answer: what holds with one of them as gold decides.
+    known = [(_closer_verdict(a, b), _closer_verdict(b, a)) for a, b in texts]
+    asked = [text for text, verdicts in zip(texts, known, strict=True) if verdicts == (None, None)]
+    forward = _verifier.verify_pairs(asked)
+    backward = _verifier.verify_pairs([(b, a) for a, b in asked])
+    found = iter(one or other for one, other in zip(forward, backward, strict=True))
+    return [next(found) if v == (None, None) else True in v for v in known]
 
 
 def signatures(answers: Sequence[str]) -> list[str | None]:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from lm_eval_tasks.estimators import pass_at_k
 from lm_eval_tasks.scored import ScoredSample
-from lm_eval_tasks.voting import whole_weight
+from lm_eval_tasks.voting import comparable, weight_scale, whole_weight
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -79,6 +79,8 @@ class _Problem:
     correct: Floats
     weight: Floats
     """Score as a whole number, so that sums are exact; NaN without a score."""
+    score: Floats
+    """Score, for comparing; NaN without."""
 
     @classmethod
     def of(cls, samples: Sequence[ScoredSample]) -> "_Problem":
@@ -86,6 +88,7 @@ class _Problem:
         for sample in samples:
             numbers.setdefault(sample.answer_class, len(numbers) - 1)
         scores = [sample.score for sample in samples]
+        scale = weight_scale(scores)
         rewards = [sample.reward_s for sample in samples]
         return cls(
             finish_s=np.array([sample.finish_s for sample in samples]),
@@ -93,7 +96,10 @@ class _Problem:
             reward_s=np.array([math.nan if r is None else r for r in rewards]),
             column=np.array([numbers[sample.answer_class] for sample in samples], dtype=np.int64),
             correct=np.array([float(sample.correct) for sample in samples]),
-            weight=np.array([math.nan if s is None else float(whole_weight(s)) for s in scores]),
+            weight=np.array(
+                [math.nan if s is None else float(whole_weight(s, scale)) for s in scores]
+            ),
+            score=np.array([math.nan if s is None else comparable(s) for s in scores]),
         )
 
     def __len__(self) -> int:
@@ -136,7 +142,7 @@ def _prefix_values(problem: _Problem, orders: Ints, method: str) -> Floats:
 
 def _best_of_prefix(problem: _Problem, orders: Ints) -> Floats:
     """The sample with the best score so far; equal scores are equally likely to be chosen."""
-    score = np.where(problem.column >= 0, problem.weight, math.nan)
+    score = np.where(problem.column >= 0, problem.score, math.nan)
     best = np.full(len(orders), -1.0)
     tied, right = np.zeros(len(orders)), np.zeros(len(orders))
     values = np.zeros((len(orders), orders.shape[1] + 1))

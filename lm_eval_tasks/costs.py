@@ -31,18 +31,21 @@ class Occupancy:
     effective_batch_size: float
     """Samples being generated at the same time, averaged over `generating_s`."""
     drain_s: float
-    """Time after the last sample of each session began, in which the batch empties."""
+    """Time after the last sample of each session began, in which the batch empties. In the regime
+    "latency" it does so for every problem, and these times add up."""
     has_first_tokens: bool
     """False: the server did not stamp first tokens, so queueing counts as being generated."""
 
 
 def overlap_costs(
     records: Iterable[SampleRecord],
+    regime: str = "saturated",
 ) -> tuple[dict[tuple[str, int], float], Occupancy]:
     """Return each sample's share of the server's time, and how the server was used.
 
     Args:
         records: the samples of one run; sessions are treated apart, each has its own clock.
+        regime: of the run.
 
     Returns:
         (problem_id, sample_index) to seconds, and the totals over sessions.
@@ -63,9 +66,19 @@ def overlap_costs(
         busy_s += busy
         generating_s += generating
         sample_s += float((finish - start).sum())
-        drain_s += float(finish.max() - start.max())
+        batches = [r.problem_id if regime == "latency" else "" for r in drawn]
+        drain_s += _drain_s(batches, start, finish)
     batch = sample_s / generating_s if generating_s else 0.0
     return costs, Occupancy(busy_s, generating_s, batch, drain_s, has_first)
+
+
+def _drain_s(batches: Sequence[str], start: Floats, finish: Floats) -> float:
+    """Return for how long batches, named for each sample, only emptied, added up."""
+    last: dict[str, tuple[float, float]] = {}
+    for batch, begun, ended in zip(batches, start.tolist(), finish.tolist(), strict=True):
+        latest = last.get(batch, (begun, ended))
+        last[batch] = max(latest[0], begun), max(latest[1], ended)
+    return sum(ended - begun for begun, ended in last.values())
 
 
 def _fair_shares(submit: Floats, start: Floats, finish: Floats) -> tuple[Floats, float, float]:

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lm_eval_tasks.voting import vote, whole_weight
+from lm_eval_tasks.voting import comparable, vote, weight_scale, whole_weight
 
 Floats = npt.NDArray[np.float64]
 
@@ -243,7 +243,8 @@ def weighted_bon_at_k(
     """
     _check(ks, classes, is_correct, scores)
     votes = [n if s is not None else None for n, s in zip(classes, scores, strict=True)]
-    weights = [whole_weight(score) if score is not None else 0 for score in scores]
+    scale = weight_scale(scores)
+    weights = [whole_weight(score, scale) if score is not None else 0 for score in scores]
     cast = {weight for weight, number in zip(weights, votes, strict=True) if number is not None}
     if len(cast) <= 1 and 0 not in cast:
         return majority_at_k(votes, is_correct, ks, num_subsets, seed)
@@ -265,6 +266,9 @@ def _monte_carlo(
     one k come from different orders and are independent.
     """
     count = len(classes)
+    # One scale for the problem, so that its subsets count alike whether all or some are looked at.
+    scale = weight_scale(weights)
+    whole = [whole_weight(weight, scale) for weight in weights]
     values, errors = np.full(len(ks), np.nan), np.full(len(ks), np.nan)
     random_ks = []
     for i, k in enumerate(ks):
@@ -273,7 +277,7 @@ def _monte_carlo(
         if math.comb(count, k) <= _MAX_ENUMERATED:
             subsets = itertools.combinations(range(count), k)
             votes = [
-                vote([classes[j] for j in s], [is_correct[j] for j in s], [weights[j] for j in s])
+                vote([classes[j] for j in s], [is_correct[j] for j in s], [whole[j] for j in s])
                 for s in subsets
             ]
             values[i], errors[i] = math.fsum(votes) / len(votes), 0.0
@@ -286,7 +290,7 @@ def _monte_carlo(
     elif random_ks:
         random_ks.sort()
         draws = _random_votes(
-            classes, is_correct, weights, [k for k, _ in random_ks], num_subsets, seed
+            classes, is_correct, whole, [k for k, _ in random_ks], num_subsets, seed
         )
         for (_, i), votes_of_k in zip(random_ks, draws, strict=True):
             values[i] = votes_of_k.mean()
@@ -297,7 +301,7 @@ def _monte_carlo(
 def _random_votes(
     classes: Sequence[int | None],
     is_correct: Sequence[bool],
-    weights: Sequence[float],
+    weights: Sequence[int],
     ks: Sequence[int],
     num_subsets: int,
     seed: int,
@@ -310,7 +314,7 @@ def _random_votes(
     width, is_silent = len(numbers), None in numbers
     column = np.array([numbers[number] for number in classes])
     correct = np.array(is_correct, dtype=np.float64)
-    weight = np.array([whole_weight(w) for w in weights], dtype=np.float64)  # exact below 2**53
+    weight = np.array(weights, dtype=np.float64)  # exact below 2**53
     seed_text = repr((seed, column.tolist(), correct.tolist(), weight.tolist())).encode()
     digest = hashlib.blake2b(seed_text, digest_size=16).digest()
     generator = np.random.default_rng(int.from_bytes(digest, "big"))
@@ -378,10 +382,10 @@ def best_of_n_at_k(
     """
     _check(ks, classes, is_correct, scores)
     count = len(classes)
-    groups: dict[int, list[bool]] = defaultdict(list)
+    groups: dict[float, list[bool]] = defaultdict(list)
     for number, correct, score in zip(classes, is_correct, scores, strict=True):
         if number is not None and score is not None:
-            groups[whole_weight(score)].append(correct)
+            groups[comparable(score)].append(correct)
     ends = list(itertools.accumulate(len(groups[s]) for s in sorted(groups, reverse=True)))
     shares = np.array([sum(groups[s]) / len(groups[s]) for s in sorted(groups, reverse=True)])
     values = np.full(len(ks), np.nan)

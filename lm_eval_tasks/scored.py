@@ -6,8 +6,9 @@ models and data sets are not needed any more.
 
 import dataclasses
 import hashlib
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def load_scored_run(
             )
     classes = {name: row.class_of() for name, row in read_classes(folder, version).items()}
     finished = finish_times(records, config["regime"])
-    costs, occupancy = overlap_costs(records)
+    costs, occupancy = overlap_costs(records, config["regime"])
     samples: dict[str, list[ScoredSample]] = {}
     for name, drawn in by_problem.items():
         samples[name] = []
@@ -173,6 +174,14 @@ def load_scored_run(
                 )
             )
     return ScoredRun(samples, records, len(texts), occupancy)
+
+
+def rate_over_problems(
+    problems: Iterable[Sequence[ScoredSample]], value: Callable[[ScoredSample], float]
+) -> float:
+    """Return the mean over problems of the mean over the samples of each."""
+    means = [math.fsum(map(value, samples)) / len(samples) for samples in problems]
+    return math.fsum(means) / len(means)
 
 
 def finish_times(samples: Iterable[SampleRecord], regime: str) -> dict[tuple[str, int], float]:

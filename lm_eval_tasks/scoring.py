@@ -93,11 +93,13 @@ def _group_formulas(gold: str, answers: Sequence[str | None]) -> list[int | None
 
 
 #: Answers are numbers, in any spelling and with units around them.
-NUMBER = Grading(f"number/2/{EXTRACTION}", _extract, _grade_number, _group_numbers)
+NUMBER = Grading(f"number/3/{EXTRACTION}", _extract, _grade_number, _group_numbers)
 #: Answers are LaTeX; math-verify decides where strings and numbers do not.
-MATH = Grading(f"math/{EXTRACTION}", _extract, equivalent_many, _group_formulas)
+MATH = Grading(f"math/2/{EXTRACTION}", _extract, equivalent_many, _group_formulas)
 #: Answers are Python programs, gold answers are tests; both run in a sandbox.
-PROGRAM = Grading(f"program/{PROGRAM_EXTRACTION}", extract_program, grade_programs, group_programs)
+PROGRAM = Grading(
+    f"program/2/{PROGRAM_EXTRACTION}", extract_program, grade_programs, group_programs
+)
 
 _GRADINGS = {
     "arith": NUMBER,

@@ -7,7 +7,8 @@ Grouping never sees the gold answer. Two answers are in one class when
 2. else, their normalised texts are equal; words count the same with and without ``\text{}``;
 3. else, math-verify calls them equal in one of the two orders, in a worker that can be killed.
    Equality is not transitive there, so its transitive closure counts. An answer that joins two
-   numbers of different value goes to the smaller one.
+   numbers of different value goes to the smaller one. Numerals that name their base are one class
+   with the bare digits, unless the answers name two bases for them.
 
 The classes depend on the set of different answers, not on their order or number. math-verify is
 asked only about pairs of one kind and one numeric value (`lm_eval_tasks.answers.signatures`).
@@ -19,15 +20,22 @@ of right ones. If nobody votes the result is wrong.
 """
 
 import itertools
+import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 
-from lm_eval_tasks.answers import equal_pairs, normalise, parse_number, signatures
+from lm_eval_tasks.answers import (
+    based_numeral,
+    equal_pairs,
+    normalise,
+    parse_number,
+    signatures,
+)
 
 #: Weights are whole multiples of 1e-9, the precision in which scores are stored, so that sums are
-#: exact and ties do not depend on rounding or on order.
+#: exact and ties do not depend on rounding or on order. See `weight_scale` for small ones.
 WEIGHT_SCALE = 10**9
 
 NumberReader = Callable[[str], Fraction | None]
@@ -61,7 +69,8 @@ def group_answers(
     spelling: dict[Fraction | str, str] = {}
     for answer, key in keys.items():
         # math-verify sees one spelling of each; which one must not depend on the order.
-        spelling[key] = min(spelling.get(key, answer), answer)
+        first = min(spelling.get(key, answer), answer)
+        spelling[key] = first if based_numeral(first) is None else str(key)
     merged = _merge(spelling)
     numbers: dict[Fraction | str, int] = {}
     classes: list[int | None] = []
@@ -81,10 +90,13 @@ _WORDS = re.compile(
 def _text_key(answer: str) -> str:
     """Return the normalised text, words and single letters without what may surround them."""
     text = normalise(answer)
+    numeral = based_numeral(text)
+    if numeral is not None:
+        return f"{numeral[0]}_{{{numeral[1]}}}"
     words = _WORDS.fullmatch(text)
     if words is None or text.count("{") != text.count("}"):
         return text
-    # The letter of a choice keeps its case: x and X may be two quantities.
+    # A single letter keeps its case, for formulas; math-verify, asked later, knows no case.
     return words[1] if len(words[1]) == 1 else words[1].casefold()
 
 
@@ -102,11 +114,12 @@ def _merge(spelling: dict[Fraction | str, str]) -> dict[Fraction | str, Fraction
     for key in spelling:
         if isinstance(key, Fraction) and _number_word(key) in buckets:
             buckets[_number_word(key)].append(key)
+    disputed = _in_several_bases(texts)
     pairs = [
         pair
         for bucket in buckets.values()
         for pair in itertools.combinations(bucket, 2)
-        if any(isinstance(key, str) for key in pair)
+        if any(isinstance(key, str) for key in pair) and disputed.isdisjoint(pair)
     ]
     verdicts = equal_pairs([(spelling[one], spelling[other]) for one, other in pairs])
     equal = [pair for pair, is_equal in zip(pairs, verdicts, strict=True) if is_equal]
@@ -131,6 +144,16 @@ def _merge(spelling: dict[Fraction | str, str]) -> dict[Fraction | str, Fraction
         if found:
             parent[joined] = min(found)
     return {key: root(key) for key in spelling}
+
+
+def _in_several_bases(texts: Sequence[str]) -> set[Fraction | str]:
+    """Return the numerals whose digits stand there with another base too: no digits join them."""
+    bases: dict[str, set[str]] = defaultdict(set)
+    for text in texts:
+        numeral = based_numeral(text)
+        if numeral is not None:
+            bases[numeral[0]].add(text)
+    return {text for same in bases.values() if len(same) > 1 for text in same}
 
 
 def _bucket(word: str) -> str:
@@ -170,9 +193,10 @@ def vote(
     totals: dict[int, int] = defaultdict(int)
     voters: dict[int, list[bool]] = defaultdict(list)
     given = [1.0] * len(classes) if weights is None else weights
+    scale = weight_scale(given)
     for number, correct, weight in zip(classes, is_correct, given, strict=True):
         if number is not None and weight is not None:
-            totals[number] += whole_weight(weight)
+            totals[number] += whole_weight(weight, scale)
             voters[number].append(correct)
     if not totals:
         return 0.0
@@ -185,12 +209,42 @@ def vote(
     return sum(shares) / len(shares)
 
 
-def whole_weight(weight: float) -> int:
-    """Return a weight as a whole number of 1e-9.
+def weight_scale(weights: Iterable[float | None]) -> float:
+    """Return in how many parts a weight of 1 is counted where these are all weights of a problem.
+
+    It is `WEIGHT_SCALE`, or so many powers of ten more that the largest weight has as many digits:
+    products of many step scores are all small, and would round to 0.
+    """
+    largest = max((weight for weight in weights if weight is not None), default=0.0)
+    if not 0 < largest < 0.1:
+        return WEIGHT_SCALE
+    digits = math.ceil(-math.log10(largest)) - 1
+    return WEIGHT_SCALE * 10.0 ** min(digits, 290)  # a scale of 1e309 would be infinite
+
+
+def whole_weight(weight: float, scale: float = WEIGHT_SCALE) -> int:
+    """Return a weight as a whole number of parts.
+
+    Args:
+        weight: the score of a sample.
+        scale: parts of a weight of 1, from `weight_scale`.
 
     Raises:
         ValueError: it is negative or not a finite number.
     """
+    return round(_checked(weight) * scale)
+
+
+def comparable(weight: float) -> float:
+    """Return a weight without its last digits, which depend on the order of a product or sum.
+
+    Raises:
+        ValueError: it is negative or not a finite number.
+    """
+    return float(f"{_checked(weight):.12g}")
+
+
+def _checked(weight: float) -> float:
     if not 0 <= weight < float("inf"):
         raise ValueError(f"weight is {weight!r}; need a finite number, 0 or more")
-    return round(weight * WEIGHT_SCALE)
+    return weight

@@ -91,6 +91,7 @@ def run(options: argparse.Namespace) -> int:
     ):
         if value < least:
             stop(f"{flag} {value}: need a whole number of at least {least}")
+    _refuse_equal_names(options.runs)
     found: list[dict[str, Any]]
     report: _Report
     if _has_early_stops(options.runs):
@@ -140,8 +141,27 @@ def _has_early_stops(folders: Sequence[Path]) -> bool:
     return all(has)
 
 
+def _refuse_equal_names(folders: Sequence[Path]) -> None:
+    """Refuse runs that tables could not tell apart, and whose figures would have one file name.
+
+    Raises:
+        InputError: two runs have one name, or a folder is no run folder.
+    """
+    names = [SampleStore(folder).config()["name"] for folder in folders]
+    files = list(map(_file_name, names))
+    for name, file in zip(names, files, strict=True):
+        if files.count(file) > 1:
+            stop(f"two runs are named {name}; give one another name in its config.json")
+
+
+def _file_name(name: str) -> str:
+    return f"adaptive-{name.replace('/', '-')}"
+
+
 def _replay_run(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     problems = list(run.samples.values())
+    if not any(one.cost_s > 0 for drawn in problems for one in drawn):
+        stop(f"{run.folder}: its samples took no time, so there is none to save")
     levels = []
     for error in options.error:
         found = replay(problems, error, options.orders, options.least_votes, options.seed)
@@ -251,7 +271,7 @@ class _Replayed:
                 lines.append(_series(name, curves["x"], curves["adaptive"], i % 6))
             found.append(
                 Figure(
-                    f"adaptive-{run['run'].replace('/', '-')}",
+                    _file_name(run["run"]),
                     f"{run['run']}: majority vote with early stops",
                     "server seconds per problem",
                     "majority within the time [%]",

@@ -38,7 +38,9 @@ def add_analysis_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--reward", metavar="NAME", help="with Best-of-N by these scores (files in RUN/scores)"
     )
-    how.add_argument("--aggregation", choices=AGGREGATIONS, default=default.aggregation)
+    how.add_argument(
+        "--aggregation", choices=AGGREGATIONS, help=f"of step scores ({default.aggregation})"
+    )
     how.add_argument(
         "--reward-time",
         action="store_true",
@@ -51,29 +53,39 @@ def add_analysis_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("FROM", "TO"),
         help="seconds between which areas are taken (what all runs have)",
     )
-    how.add_argument("--level", type=float, default=default.level, help="(%(default)s)")
-    how.add_argument("--draws", type=int, default=default.draws, help="bootstrap (%(default)s)")
+    how.add_argument("--level", type=float, help=f"of the intervals ({default.level})")
+    how.add_argument("--draws", type=int, help=f"bootstrap ({default.draws})")
     how.add_argument(
         "--orders",
         type=int,
-        default=default.num_orders,
         metavar="R",
-        help="random orders of the samples of a problem (%(default)s)",
+        help=f"random orders of the samples of a problem ({default.num_orders})",
     )
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    """Return the settings given on the command line.
+    """Return the settings given on the command line, and the defaults of the others.
 
     Raises:
         InputError: a value is out of range.
     """
-    if not 0 < options.level < 1:
-        stop(f"--level {options.level}: need a number between 0 and 1")
-    if options.draws < 100:
-        stop(f"--draws {options.draws}: need at least 100 for percentiles")
-    if options.orders < 2:
-        stop(f"--orders {options.orders}: need at least 2 for an error")
+    given = {
+        field: getattr(options, name)
+        for name, field in (
+            ("aggregation", "aggregation"),
+            ("level", "level"),
+            ("draws", "draws"),
+            ("orders", "num_orders"),
+        )
+        if getattr(options, name) is not None
+    }
+    settings = replace(Settings(), **given)
+    if not 0 < settings.level < 1:
+        stop(f"--level {settings.level}: need a number between 0 and 1")
+    if settings.draws < 100:
+        stop(f"--draws {settings.draws}: need at least 100 for percentiles")
+    if settings.num_orders < 2:
+        stop(f"--orders {settings.num_orders}: need at least 2 for an error")
     if options.reward_time and options.reward is None:
         stop("--reward-time needs the scores whose seconds count; name them with --reward")
     window = None
@@ -82,15 +94,21 @@ def settings_of(options: argparse.Namespace) -> Settings:
         if not 0 < window[0] < window[1]:
             stop(f"--window {window[0]:g} {window[1]:g}: need two ascending times above 0")
     return replace(
-        Settings(),
+        settings,
         reward=options.reward,
-        aggregation=options.aggregation,
         with_reward_time=options.reward_time,
-        level=options.level,
-        draws=options.draws,
-        num_orders=options.orders,
         window=window,
     )
+
+
+def given_analysis_options(options: argparse.Namespace) -> list[str]:
+    """Return those of the options of `add_analysis_arguments` that the command line has."""
+    names = ("reward", "aggregation", "reward_time", "window", "level", "draws", "orders")
+    return [
+        f"--{name.replace('_', '-')}"
+        for name in names
+        if getattr(options, name) not in (None, False)
+    ]
 
 
 def run(options: argparse.Namespace) -> int:

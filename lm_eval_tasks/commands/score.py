@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from lm_eval_tasks.errors import stop
 from lm_eval_tasks.estimators import mean_and_stderr, reported_ks
 from lm_eval_tasks.rewards.aggregation import AGGREGATIONS
 from lm_eval_tasks.samples import SampleStore
-from lm_eval_tasks.scored import ScoredSample, load_scored
+from lm_eval_tasks.scored import load_scored, rate_over_problems
 from lm_eval_tasks.scoring import ProblemScore, grading_of, method_values
 from lm_eval_tasks.stopping import StopRule
 from lm_eval_tasks.verdicts import score_run
@@ -151,9 +150,9 @@ def evaluate_run(
         task_version=grading_of(config["task"]).version_of(config["task_version"]),
         num_problems=len(scored),
         num_samples=num_samples,
-        no_answer=_rate(scored.values(), lambda sample: sample.answer_class is None),
-        truncated=_rate(scored.values(), lambda sample: sample.is_truncated),
-        gen_tokens=_rate(scored.values(), lambda sample: sample.num_tokens),
+        no_answer=rate_over_problems(scored.values(), lambda one: one.answer_class is None),
+        truncated=rate_over_problems(scored.values(), lambda one: one.is_truncated),
+        gen_tokens=rate_over_problems(scored.values(), lambda one: one.num_tokens),
         metrics=metrics,
     )
 
@@ -192,18 +191,6 @@ def _parse_ks(text: str) -> list[int]:
     if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
         stop(f"--k {text}: need whole numbers of at least 1, separated by commas, such as 1,8,64")
     return sorted({int(part) for part in parts})
-
-
-def _rate(
-    problems: Iterable[Sequence[ScoredSample]], value: Callable[[ScoredSample], float]
-) -> float:
-    """Return the mean over problems of the mean over samples."""
-    means = [_mean([float(value(sample)) for sample in samples]) for samples in problems]
-    return _mean(means)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 def _without_nan(value: Any) -> Any:

@@ -1,10 +1,12 @@
 """Find the program in a sampled text.
 
-Extraction (version 1; part of the version of every verdict) takes the first rule that finds
+Extraction (version 2; part of the version of every verdict) takes the first rule that finds
 something:
 
-1. ``fence``: the last Markdown block marked as Python, else the last block without a mark. A block
-   that the token limit cut off goes to the end of the text. Other languages' blocks do not count.
+1. ``fence``: the last Markdown block marked as Python, else the last block without a mark; a block
+   that defines a function or class goes before those that only use it. The fence's indentation is
+   taken off its lines. A block that the token limit cut off goes to the end of the text. Other
+   languages' blocks do not count.
 2. ``body``: a text that begins with an indented line continues the prompt, as HumanEval asks of
    models without chat: all lines up to the first one that is not indented.
 3. ``code``: from the first line that begins a program (``def``, ``class``, ``import``, ``from``,
@@ -19,7 +21,7 @@ import re
 from lm_eval_tasks.answers import Extracted, Source
 
 #: The rules in order, and their version.
-EXTRACTION = "fence-body-code/1"
+EXTRACTION = "fence-body-code/2"
 
 #: Longer programs count as none.
 MAX_PROGRAM_CHARS = 65_536
@@ -27,9 +29,13 @@ MAX_PROGRAM_CHARS = 65_536
 # Whether the rest of the line fits is asked afterwards: a condition on it in the pattern would be
 # tried for every length of the mark, the spaces and the language, in quadratic time.
 _FENCE = re.compile(
-    r"^[ \t]*(?P<mark>```+|~~~+)[ \t]*(?P<language>[\w+.-]*)(?P<rest>[^\n]*)", re.MULTILINE
+    r"^(?P<indent>[ \t]*)(?P<mark>```+|~~~+)[ \t]*(?P<language>[\w+.-]*)(?P<rest>[^\n]*)",
+    re.MULTILINE,
 )
 _PYTHON = frozenset({"python", "python3", "py", "py3"})
+_DEFINITION = re.compile(
+    r"^(?:(?:async[ \t]+)?def[ \t]|class[ \t]|\w+[ \t]*(?::[^=\n]*)?=[ \t]*lambda\b)", re.MULTILINE
+)
 _BEGINNING = re.compile(
     r"^(?:(?:async[ \t]+)?def[ \t]+\w+[ \t]*\(|class[ \t]+\w+[ \t]*[(:]|@\w"
     r"|import[ \t]+\w|from[ \t]+[\w.]+[ \t]+import\b)",
@@ -58,8 +64,12 @@ def extract_program(text: str) -> Extracted:
 
 
 def _last_fence(text: str) -> str | None:
-    """Return the content of the last block in Python, else of the last one without a language."""
-    best: dict[bool, str] = {}
+    """Return the content of the last block in Python, else of the last one without a language.
+
+    Of either kind one that defines something comes first: what follows a solution is often a block
+    that shows how it is called.
+    """
+    best: dict[tuple[bool, bool], str] = {}
     opened: re.Match[str] | None = None
     for match in _FENCE.finditer(text):
         if "`" in match["rest"]:
@@ -71,13 +81,16 @@ def _last_fence(text: str) -> str | None:
             opened = None
     if opened is not None:
         _keep(best, opened, text[opened.end() + 1 :])
-    return best.get(True, best.get(False))
+    return best[max(best)] if best else None
 
 
-def _keep(best: dict[bool, str], opened: re.Match[str], content: str) -> None:
+def _keep(best: dict[tuple[bool, bool], str], opened: re.Match[str], content: str) -> None:
+    """Keep a block by whether it is marked as Python, and whether it defines something."""
     language = opened["language"].lower()
     if (language in _PYTHON or not language) and content.strip():
-        best[language in _PYTHON] = content
+        if opened["indent"]:  # as in an item of a list
+            content = re.sub(rf"(?m)^[ \t]{{1,{len(opened['indent'])}}}", "", content)
+        best[language in _PYTHON, _DEFINITION.search(content) is not None] = content
 
 
 def _body(text: str) -> str | None:

@@ -22,7 +22,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from lm_eval_tasks.programs.confine import Limits, NotConfinedError, confine, die_with_parent
@@ -186,9 +186,11 @@ class _Tests:
             exec(compile(prompt, "<prompt>", "exec", dont_inherit=True), namespace)
             if entry_point is not None:
                 namespace[entry_point] = self._name(entry_point)
+            is_named = entry_point is not None
             for name, code in (("setup", setup), ("tests", tests)):
                 tree = _with_counted_assertions(code)
-                self._bind(tree, namespace)
+                is_last = name == "tests"
+                is_named |= self._bind(tree, namespace, own_names=is_last and not is_named)
                 exec(compile(tree, f"<{name}>", "exec", dont_inherit=True), namespace)
         except Exception as error:
             self.fail("outside of assertions", error)
@@ -285,17 +287,31 @@ class _Tests:
             raise NameError(f"the program does not define {name}")
         return self._decode(data)
 
-    def _bind(self, tree: ast.Module, namespace: dict[str, Any]) -> None:
-        """Let names that the tests use and do not have mean the program's."""
+    def _bind(self, tree: ast.Module, namespace: dict[str, Any], own_names: bool) -> bool:
+        """Let names that the tests use and do not have mean the program's.
+
+        Args:
+            tree: the tests.
+            namespace: what they have.
+            own_names: nothing has named the program yet. If these tests do not either, other than
+                by a name that Python has for something else, that name means the program's.
+
+        Returns:
+            Whether they name something that only the program can have.
+        """
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         unknown = sorted(names - namespace.keys() - vars(builtins).keys())
-        _, known = self._ask("names", unknown)
-        for name in unknown:
+        tested = _tested_name(tree, namespace) if own_names else None
+        asked = sorted({*unknown, *([] if tested is None else [tested])})
+        _, known = self._ask("names", asked)
+        for name in asked:
             if not isinstance(known, list) or name not in known:
                 continue
             # Tests may lean on the program's "import math"; comparing stays on this side.
-            is_module = name in sys.stdlib_module_names
+            is_module = name in sys.stdlib_module_names and name != tested
             namespace[name] = importlib.import_module(name) if is_module else self._name(name)
+        own = set(unknown) - _defined_names(tree)
+        return bool(own - sys.stdlib_module_names)
 
 
 class Remote:
@@ -354,6 +370,40 @@ class Remote:
     def __contains__(self, key: Any) -> bool:
         """Return whether it holds something."""
         return bool(self._tests.do("contains", self, key))
+
+
+def _tested_name(tree: ast.Module, namespace: Mapping[str, Any]) -> str | None:
+    """Return the one builtin or module name that tests call, where they use no name of their own.
+
+    Such tests can only be about a function of the program that has this name. With any other name
+    beside it, or two of this kind, a program could replace what the tests compare with.
+    """
+    known = namespace.keys() | _defined_names(tree)
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - known
+    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    called = {function.id for function in calls if isinstance(function, ast.Name)} - known
+    modules = (called & sys.stdlib_module_names) - vars(builtins).keys()
+    if used - vars(builtins).keys() - modules:
+        return None
+    candidates = modules or called & vars(builtins).keys()
+    return candidates.pop() if len(candidates) == 1 else None
+
+
+def _defined_names(tree: ast.Module) -> set[str]:
+    """Return the names that tests give to something themselves, anywhere."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            found.add(node.id)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            found.add(node.name)
+        elif isinstance(node, ast.alias):
+            found.add((node.asname or node.name).partition(".")[0])
+    return found
 
 
 def _with_counted_assertions(code: str) -> ast.Module:

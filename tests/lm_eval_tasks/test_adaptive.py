@@ -150,6 +150,32 @@ def test_adaptive_command(tmp_path, capsys):
     assert printed == numbers["runs"]
 
 
+@pytest.mark.parametrize(("problems", "samples"), [(1, 1), (3, 1), (1, 4)])
+def test_adaptive_command_on_little(tmp_path, capsys, problems, samples):
+    run = make_run(tmp_path / "model", num_problems=problems, num_samples=samples)
+    assert main(["adaptive", str(run), "--draws", "100", "--orders", "2"]) == 0
+    assert "| model | 0.2 |" in capsys.readouterr().out
+
+
+def test_replay_of_equal_costs_and_one_round():
+    result = reallocation(replay([[sample(0)], [sample(1)]], 0.0, num_orders=2), draws=100)
+    assert result["x"][-1] == 1.0
+    assert result["uniform"]["y"][-1] == result["adaptive"]["y"][-1] == 0.5
+
+
+@pytest.mark.parametrize("other", ["tiny/0.7", "tiny-0.7"])
+def test_adaptive_command_refuses_equal_names(tmp_path, capsys, other):
+    runs = [
+        str(make_run(tmp_path / folder, num_problems=2, num_samples=2, name=name))
+        for folder, name in (("a", "tiny/0.7"), ("b", other))
+    ]
+    assert main(["adaptive", *runs, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "two runs are named tiny/0.7; give one another name in its config.json" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -152,6 +152,16 @@ def test_every_prefix_votes_like_voting():
             np.testing.assert_allclose(values, expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", ["bon", "weighted_bon"])
+def test_small_scores_count(method):
+    """Products of 31 step scores: six right ones at 0.5 each, two wrong ones at 0.3."""
+    samples = [sample(answer=0, correct=True, score=0.5**31) for _ in range(6)]
+    samples += [sample(answer=i, score=0.3**31) for i in (1, 2)]
+    orders = np.array([[6, 7, 0, 1, 2, 3, 4, 5], [0, 6, 1, 7, 2, 3, 4, 5]])
+    found = prefix_values(samples, orders, method)
+    assert found.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1, 1]]
+
+
 def test_all_weights_zero_ties_all_classes():
     problem = [sample(answer=0, correct=True, score=0.0)]
     problem += [sample(answer=1, score=0.0), sample(answer=1, score=0.0)]

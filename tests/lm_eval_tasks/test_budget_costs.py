@@ -42,6 +42,13 @@ def test_samples_pay_equal_shares_of_the_time_in_which_they_run():
     assert token_throughput(records, used) == 6
 
 
+def test_in_the_regime_latency_every_problem_empties_its_own_batch():
+    records = [record("a", 0, 1, 3), record("a", 0, 2, 6), record("b", 6, 7, 9)]
+    records += [record("b", 6, 7, 8), record("c", 0, 1, 2, session=1)]
+    assert overlap_costs(records, "latency")[1].drain_s == (6 - 2) + (9 - 7) + (2 - 1)
+    assert overlap_costs(records)[1].drain_s == (9 - 7) + (2 - 1)
+
+
 def test_pauses_are_nobodys_and_sessions_have_their_own_clocks():
     records = [record("a", 0, 1, 2), record("b", 5, 6, 7), record("c", 0, 0, 4, session=1)]
     costs, used = overlap_costs(records)

@@ -251,6 +251,19 @@ def test_bootstrap() -> None:
         bootstrap([])
 
 
+def test_small_scores_decide() -> None:
+    """Products of 31 step scores of 0.5 and 0.3, both below what weights were rounded to."""
+    assert best_of_n_at_k([0, 1], [True, False], [4e-10, 6e-17], [2]).tolist() == [1.0]
+    classes, right = [0] * 6 + [1, 2], [True] * 6 + [False] * 2
+    scores = [0.5**31] * 6 + [0.3**31] * 2
+    assert best_of_n_at_k(classes, right, scores, [8]).tolist() == [1.0]
+    assert weighted_bon_at_k(classes, right, scores, [8]).values.tolist() == [1.0]
+    # Many subsets: all have a right sample, which outweighs the wrong ones.
+    many = weighted_bon_at_k(classes * 4, right * 4, scores * 4, [12])
+    assert many.values.tolist() == [1.0]
+    assert many.errors.tolist() == [0.0]
+
+
 def test_paired_difference() -> None:
     hard = [0.1, 0.2, 0.6, 0.9, 0.3]
     interval, stderr = paired_difference([value + 0.05 for value in hard], hard)

@@ -181,6 +181,24 @@ def test_plot_command_draws_a_report_again(tmp_path, capsys, drawn):
     assert (again / "points.csv").read_text() == (report / "points.csv").read_text()
     assert len(drawn) == 3
 
+    results = str(report / "results.json")
+    for given in (
+        ["--level", "0.5"],
+        ["--level", "0.95"],
+        ["--draws", "100"],
+        ["--orders", "4"],
+        ["--reward", "prm"],
+        ["--aggregation", "last"],
+        ["--window", "1", "2"],
+        ["--reward-time"],
+    ):
+        capsys.readouterr()
+        assert main(["plot", results, "--out", str(tmp_path / "no"), *given]) == 2
+        error = capsys.readouterr().err
+        assert f"{given[0]}: {results} holds numbers" in error
+        assert f"thinkfast-eval report RUN {given[0]}" in error
+    assert not (tmp_path / "no").exists()
+
     capsys.readouterr()
     (tmp_path / "old.json").write_text(json.dumps({"format": 0}))
     for arguments, message in (

@@ -57,7 +57,24 @@ NONE = "I do not know."
         ("```Python3\na = 1\n\nb = 2", ("a = 1\n\nb = 2\n", "fence")),
         ("~~~py\na = 1\n~~~", ("a = 1\n", "fence")),
         ("````python\na = '''\n```\n'''\n````", ("a = '''\n```\n'''\n", "fence")),
-        ("  ```python\n  a = 1\n  ```", ("  a = 1\n", "fence")),
+        ("  ```python\n  a = 1\n  ```", ("a = 1\n", "fence")),
+        (
+            "1. So:\n\n   ```python\n   def f(x):\n       return x\n\n  # shallow\n   ```\n",
+            ("def f(x):\n    return x\n\n# shallow\n", "fence"),
+        ),
+        ("\t```\n\tif a:\n\t\tb()\n\t```", ("if a:\n\tb()\n", "fence")),
+        (
+            "```python\ndef f(x):\n    return x\n```\nExample:\n```python\nprint(f(3))\n```\n",
+            ("def f(x):\n    return x\n", "fence"),
+        ),
+        ("```py\nf = lambda x: x\n```\n```py\ny = f(1)\n```", ("f = lambda x: x\n", "fence")),
+        ("```\nclass A: pass\n```\n```\nA()\n```", ("class A: pass\n", "fence")),
+        ("```\ndef f(): pass\n```\n```py\na = 1\n```", ("a = 1\n", "fence")),
+        ("```py\ndef f(): 1\n```\n```py\ndef f(): 2\n```", ("def f(): 2\n", "fence")),
+        (
+            "```py\nx = 1\n```\n```py\n# def f\nif x:\n    def f(): 2\n```",
+            ("# def f\nif x:\n    def f(): 2\n", "fence"),
+        ),
         ("```python\n```\ndef f(): pass", ("def f(): pass\n", "code")),
         ("```python\r\na = 1\r\n```", ("a = 1\n", "fence")),
         ("    return 1\n\n\ndef other():\n    pass\n", ("    return 1\n", "body")),
@@ -192,7 +209,7 @@ def test_score_run_and_estimators(tmp_path: Path) -> None:
     scores = evaluate_run(folder)
     assert scores.metrics["pass@1"]["mean"] == pytest.approx((2 / 4 + 1 / 4) / 2)
     assert scores.metrics["maj@4"]["mean"] == pytest.approx((1 + 1 / 4) / 2)
-    assert scores.task_version == "1.0+program/fence-body-code/1"
+    assert scores.task_version == "1.0+program/2/fence-body-code/2"
     assert {verdict.source for verdict in read_verdicts(folder)} == {"fence", "code", None}
     # More samples later: the verdicts that are there stay.
     more = TEXTS["programs/a"] + [WRONG_TOO, RIGHT]
@@ -270,7 +287,7 @@ def test_lm_eval_runs_the_shipped_task() -> None:
     assert lm.calls[0][0].args[0].startswith("Complete this Python function.")
     settings = lm.calls[0][0].args[1]
     assert (settings["temperature"], settings["max_gen_toks"], settings["until"]) == (0.7, 512, [])
-    assert results["configs"]["programs_maj"]["metadata"]["extraction"] == "fence-body-code/1"
+    assert results["configs"]["programs_maj"]["metadata"]["extraction"] == "fence-body-code/2"
 
 
 MBPP_ROW = {

@@ -298,6 +298,54 @@ def test_the_tests_use_their_own_modules() -> None:
     assert _run(fake, tests).outcome == "failed"
 
 
+def test_a_function_with_the_name_of_a_builtin() -> None:
+    """Problem 126 of MBPP asks for a function named sum."""
+    tests = "assert sum(10,15) == 6\nassert sum(100,150) == 93\nassert sum(4,6) == 3"
+    right = "def sum(a, b):\n    found = [i for i in range(1, a) if not a % i + b % i]\n"
+    right += "    return __builtins__['sum'](found)"
+    assert _run(right, tests).detail == ""
+    assert _run("def sum(a, b):\n    return 6", tests).outcome == "failed"
+    assert "TypeError" in _run(RIGHT, tests).detail
+    for_each = "for a, b in [(4, 6)]:\n    assert sum(a, b) == 3"
+    assert _run(right, for_each).detail == ""
+
+
+@pytest.mark.parametrize(
+    ("code", "tests"),
+    [
+        ("def code(a):\n    return a + 1", "assert code(1) == 2\nassert set([code(2)]) == {3}"),
+        ("class queue:\n    def size(self): return 0", "assert queue().size() == 0"),
+    ],
+)
+def test_a_function_with_the_name_of_a_module(code: str, tests: str) -> None:
+    assert _run(code, tests).detail == ""
+
+
+@pytest.mark.parametrize(
+    ("fake", "tests"),
+    [
+        ("set = lambda x: 1", "assert set(f(1)) == {2}"),
+        ("set = lambda x: 1\n" + _returns("7"), "assert set(f(1)) == set([2])"),
+        ("set = lambda x: 1", "assert set(sum(1, 2)) == set([3])"),
+        ("set = sum = lambda *x: 1", "assert set(sum(1, 2)) == set([3])"),
+        ("date = datetime = lambda *x: 1\n" + _returns("1"), "assert f(1) == datetime(2020, 1, 1)"),
+        ("code = datetime = lambda *x: 1", "assert code(1) == datetime(2020, 1, 1)"),
+        ("abs = lambda x: 0\n" + _returns("7"), "g = f\nassert abs(g(1) - 1) < 1"),
+    ],
+)
+def test_a_program_does_not_replace_what_tests_compare_with(fake: str, tests: str) -> None:
+    assert _run(fake, tests).outcome == "failed"
+
+
+def test_a_builtin_beside_a_named_function_stays() -> None:
+    """The entry point, or the code before the tests, already names what is tested."""
+    tests = "def check(candidate):\n    assert abs(candidate(3) - 9) < 1\n"
+    fake = "abs = lambda x: 0\n" + _returns("7")
+    (found,) = run_programs([Job((fake,), "", "", tests, "f")], SHORT)
+    assert found.outcome == "failed"
+    assert _run(fake, "assert abs(g - 9) < 1", setup="g = f(3)").outcome == "failed"
+
+
 # -- limits ----------------------------------------------------------------------------------------
 
 

@@ -6,13 +6,17 @@ import json
 import re
 
 import pytest
+from run_folders import write_run
 from synthetic_runs import make_run
 
 from lm_eval_tasks.analysis import Settings, analyse, load_run
 from lm_eval_tasks.cli import main
+from lm_eval_tasks.commands.score import evaluate_run
 from lm_eval_tasks.estimators import pass_at_k
+from lm_eval_tasks.samples import SampledText, SampleStore
 from lm_eval_tasks.scored import load_scored
 from lm_eval_tasks.tables import tables_of
+from lm_eval_tasks.verdicts import score_run
 
 FAST = ["--draws", "100", "--orders", "8"]
 
@@ -96,8 +100,8 @@ def test_report_facts_are_those_of_the_store(runs, report):
     flat = [one for drawn in run.samples.values() for one in drawn]
     facts = described["facts"]
     assert facts["num_samples"] == 12 * 8 == len(flat)
-    assert facts["no_answer"] == sum(s.answer_class is None for s in flat) / 96
-    assert facts["truncated"] == sum(s.is_truncated for s in flat) / 96
+    assert facts["no_answer"] == pytest.approx(sum(s.answer_class is None for s in flat) / 96)
+    assert facts["truncated"] == pytest.approx(sum(s.is_truncated for s in flat) / 96)
     assert facts["prefix_cache_hits"] == pytest.approx(32 * 7 / 8 / 50)
     assert 4 < facts["effective_batch_size"] <= 8
     assert sum(s.cost_s for s in flat) == pytest.approx(facts["busy_s"])
@@ -105,6 +109,34 @@ def test_report_facts_are_those_of_the_store(runs, report):
     values = [pass_at_k(8, sum(s.correct for s in drawn), 4) for drawn in scored.values()]
     assert described["metrics"]["pass@4"]["value"] == pytest.approx(sum(values) / len(values))
     assert described["throughput"][1]["seconds"] == {"median": 2.0, "low": 1.0, "high": 3.0}
+
+
+def test_rates_are_means_over_problems_as_those_of_score(tmp_path):
+    """Problems with different numbers of samples: each problem counts the same."""
+    golds = {"a": "7", "b": "7"}
+    run = write_run(
+        tmp_path / "run", golds, {"a": ["?"], "b": ["7", SampledText("7", 70, "length"), "7"]}
+    )
+    score_run(run)
+    facts, scores = load_run(run, Settings()).facts, evaluate_run(run)
+    assert facts["no_answer"] == scores.no_answer == 0.5
+    assert facts["truncated"] == scores.truncated == pytest.approx(1 / 6)
+    assert facts["tokens_per_sample"] == scores.gen_tokens == (10 + 30) / 2
+
+
+def test_report_of_latency_counts_how_each_problem_drains(runs):
+    facts = load_run(runs / "teacher-alone", Settings()).facts
+    records = SampleStore(runs / "teacher-alone").records()
+    by_problem = {}
+    for record in records:
+        by_problem.setdefault(record.problem_id, []).append(record)
+    drained = [
+        max(r.finish_s for r in drawn) - max(r.first_token_s for r in drawn)
+        for drawn in by_problem.values()
+    ]
+    assert len(drained) == 12
+    assert facts["drain_share"] == pytest.approx(sum(drained) / facts["busy_s"])
+    assert 0.5 < facts["drain_share"] < 1
 
 
 def test_report_groups_do_not_mix_regimes(report):

@@ -40,7 +40,7 @@ def test_score_run_writes_verdicts_and_classes(folder: Path) -> None:
     }
     silent = found["gsm8k/0", 3]
     assert (silent.answer, silent.source, silent.correct) == (None, None, False)
-    assert silent.task_version == VERSION == "1.0+number/2/boxed-hash-phrase-number/1"
+    assert silent.task_version == VERSION == "1.0+number/3/boxed-hash-phrase-number/2"
     classes = read_classes(folder, VERSION)
     assert sorted(map(sorted, classes["gsm8k/1"].classes)) == [["7"], ["8", "8.0"]]
 

@@ -93,8 +93,8 @@ def test_extraction_is_part_of_the_task_version() -> None:
             extraction = PROGRAM_EXTRACTION if is_program else EXTRACTION
             assert "  version: " in path.read_text()
             assert f"  extraction: {extraction}\n" in path.read_text()
-    assert EXTRACTION == "boxed-hash-phrase-number/1"
-    assert PROGRAM_EXTRACTION == "fence-body-code/1"
+    assert EXTRACTION == "boxed-hash-phrase-number/2"
+    assert PROGRAM_EXTRACTION == "fence-body-code/2"
 
 
 def test_score_problem_with_facts() -> None:

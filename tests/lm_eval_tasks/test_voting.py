@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from lm_eval_tasks import answers
 from lm_eval_tasks.answers import signatures
 from lm_eval_tasks.scoring import MATH, NUMBER
-from lm_eval_tasks.voting import group_answers, read_percentage, vote, whole_weight
+from lm_eval_tasks.voting import (
+    WEIGHT_SCALE,
+    comparable,
+    group_answers,
+    read_percentage,
+    vote,
+    weight_scale,
+    whole_weight,
+)
 from lm_eval_tasks.workers import WorkerPool
 
 
@@ -71,6 +79,27 @@ def test_grouping_of_number_tasks_reads_units() -> None:
     found = NUMBER.group("18", spellings)
     assert found == [0, 0, 0, 0, 1, 2, 0]
     assert MATH.group("18", ["18", "18 hours"])[0] == 0
+
+
+def test_numerals_of_different_bases_stay_apart() -> None:
+    assert group_answers(["52_8", "52", "(52)_8", r"52_{\text{eight}}", "53_8"]) == [0, 0, 0, 0, 1]
+    assert group_answers(["52_8", "52", "52_9", "52_{9}", "7_8", "7"]) == [0, 1, 2, 2, 3, 3]
+
+
+def test_several_quantities_are_not_their_first() -> None:
+    spellings = [
+        "18",
+        r"18\text{ dollars and }50\text{ cents}",
+        r"18\text{ dollars, }50\text{ cents}",
+    ]
+    spellings += [r"18\text{ dollars and }60\text{ cents}", r"18\text{ dollars}"]
+    for grading in (NUMBER, MATH):
+        assert grading.group("18", spellings) == [0, 1, 1, 2, 0]
+
+
+def test_lists_and_degrees() -> None:
+    assert group_answers(["100, 200", "100200", "200, 100", "100,200"]) == [0, 1, 0, 1]
+    assert MATH.group("90", ["90", "90\u00b0", r"90^\circ", r"90\degree", "90"]) == [0] * 5
 
 
 def test_hostile_answers_stay_alone() -> None:
@@ -142,6 +171,17 @@ def test_vote_properties(classes: list[int | None], chance: random.Random, weigh
     relabelled = [None if number is None else 9 - number for number in classes]
     assert vote(relabelled, right) == value
     assert value <= float(any(right))
+
+
+def test_small_weights_count() -> None:
+    """Products of many step scores are all small; none may round to 0."""
+    assert vote([0, 1], [True, False], [4e-10, 6e-17]) == 1.0
+    assert vote([0, 1, 1], [True, False, False], [3e-13, 1e-13, 2e-13]) == 0.5, "still exact"
+    assert vote([0, 1], [True, False], [5e-324, 0.0]) == 0.5, "no float times a power of ten"
+    assert weight_scale([0.3, None, 1.0]) == weight_scale([]) == weight_scale([0.0]) == WEIGHT_SCALE
+    assert whole_weight(0.05, weight_scale([0.05])) == 5 * 10**8
+    assert comparable(0.1 + 0.2) == 0.3
+    assert comparable(4e-10) > comparable(6e-17)
 
 
 def test_whole_weight_keeps_ties_of_equal_sums() -> None:
