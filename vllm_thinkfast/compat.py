@@ -185,6 +185,11 @@ def _turn_off_prefix_caching_with_drafts(vllm_config: Any) -> None:
     """Speculative decoding keeps several states per sequence; which one counts only mixers know."""
     cache_config = vllm_config.cache_config
     if vllm_config.speculative_config is not None and cache_config.enable_prefix_caching:
+        if cache_config.mamba_block_size is not None:
+            raise ValueError(
+                f"--mamba-block-size {cache_config.mamba_block_size} with --speculative-config: it "
+                "is for prefix caching, which drafts turn off; leave out one of the two."
+            )
         cache_config.enable_prefix_caching = False
         logger.warning(
             "Prefix caching is off, and every sample of a prompt will prefill it for itself: "

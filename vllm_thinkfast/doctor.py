@@ -155,13 +155,8 @@ def _check_torch(found: Diagnosis) -> None:
                 f"unset {envs.OPS_BACKEND}",
             )
         )
-    if backend == "cpu" and importlib.util.find_spec("numba") is None:
-        found.problems.append(
-            Problem(
-                "numba is not installed: on a CPU decode steps use plain torch, which is slower",
-                f"{sys.executable} -m pip install numba",
-            )
-        )
+    if backend == "cpu":
+        _check_compiler(found)
     for operator in OPERATORS:
         found.backends[operator] = backend
         try:
@@ -172,6 +167,26 @@ def _check_torch(found: Diagnosis) -> None:
                     f"{operator}: backend {backend} cannot be loaded: {error}", "install triton"
                 )
             )
+
+
+def _check_compiler(found: Diagnosis) -> None:
+    from vllm_thinkfast.ops import compiled  # imports torch
+
+    reason = None
+    try:
+        importlib.import_module("numba")
+    except ModuleNotFoundError as error:
+        reason = "is not installed" if error.name == "numba" else f"cannot be imported ({error})"
+    # A package of another one's version raises what it likes.
+    except Exception as error:
+        reason = f"cannot be imported ({type(error).__name__}: {error})".splitlines()[0]
+    fix = f"{sys.executable} -m pip install --upgrade numba"
+    if reason is None and any(compiled.find(name) is None for name in compiled.OPERATORS):
+        reason, fix = "does not compile the kernels", "see the warnings above"
+    if reason is not None:
+        found.problems.append(
+            Problem(f"numba {reason}: on a CPU the operators use plain torch, which is slower", fix)
+        )
 
 
 def _check_variables(found: Diagnosis) -> None:

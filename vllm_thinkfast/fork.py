@@ -48,8 +48,8 @@ def configure(vllm_config: Any, *, is_attention_free: bool, obstacle: str | None
     is_offloading = getattr(cache_config, "kv_offloading_size", None) is not None
     if obstacle is None and (is_offloading or vllm_config.kv_transfer_config is not None):
         obstacle = "a KV connector is configured"
-    if is_attention_free and not vllm_config.scheduler_config.enable_chunked_prefill:
-        # vLLM stops here. Without us prefix caching would be off, so that chunked prefill may be.
+    if not vllm_config.scheduler_config.enable_chunked_prefill:
+        # vLLM stops here, for hybrids with an assertion that names no option.
         cache_config.enable_prefix_caching = False
         obstacle = "without chunked prefill there is no prefix caching"
     if obstacle is not None:

@@ -1,16 +1,19 @@
 """``thinkfast doctor``: what it prints, and every problem it knows, with its fix."""
 
+import importlib
 import importlib.metadata
 import importlib.util
 import json
 import subprocess
 import sys
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 
 from vllm_thinkfast import cli, compat, doctor, envs
+from vllm_thinkfast.ops import compiled
 from vllm_thinkfast.ops.backend import OPERATORS
 
 OLDEST = compat.OLDEST_VLLM
@@ -236,6 +239,35 @@ def test_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     for problem in problems:
         assert "backend triton cannot be loaded: No module named 'triton'" in problem.what
         assert problem.fix == "install triton"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ImportError("Numba needs NumPy 2.2 or less"), "cannot be imported (ImportError: Numba"),
+        (ModuleNotFoundError("No module named 'numba'", name="numba"), "is not installed"),
+        (ModuleNotFoundError("No module named 'llvmlite'", name="llvmlite"), "cannot be imported"),
+    ],
+)
+def test_numba_is_broken(monkeypatch: pytest.MonkeyPatch, error: ImportError, reason: str) -> None:
+    """Installed is not enough; serving goes on with slower operators."""
+    original = importlib.import_module
+
+    def import_module(name: str, package: str | None = None) -> ModuleType:
+        if name == "numba":
+            raise error
+        return original(name, package)
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    (problem,) = doctor.diagnose().problems
+    assert f"numba {reason}" in problem.what
+    assert "pip install --upgrade numba" in problem.fix
+
+
+def test_kernels_that_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "find", lambda _: None)
+    (problem,) = doctor.diagnose().problems
+    assert problem.what.startswith("numba does not compile the kernels")
 
 
 def test_several_problems_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

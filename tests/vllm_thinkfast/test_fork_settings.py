@@ -8,6 +8,8 @@ import pytest
 
 from vllm_thinkfast import compat, envs, fork, plugin
 
+MODELS = Path(__file__).parents[2] / "thinkfast"
+
 
 def config(**cache: Any) -> Any:
     """The parts of vLLM's configuration that ``configure`` reads."""
@@ -86,7 +88,7 @@ def test_offloading_is_a_connector(caplog: pytest.LogCaptureFixture) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     plugin.register()
-    model = str(Path(__file__).parents[2] / "thinkfast" / "llamba-tiny")
+    model = str(MODELS / "llamba-tiny")
     arguments = EngineArgs(model=model, enforce_eager=True, kv_offloading_size=0.1)
     vllm_config = arguments.create_engine_config()
     assert vllm_config.kv_transfer_config is not None
@@ -128,13 +130,37 @@ def test_an_old_vllm_says_why_not(
     assert f"Every sample of a prompt will prefill it for itself: {obstacle}." in caplog.text
 
 
-def test_configure_without_chunked_prefill(caplog: pytest.LogCaptureFixture) -> None:
-    """vLLM's defaults for attention-free models allow it, so ours must not end in an error."""
+@pytest.mark.parametrize("is_attention_free", [True, False])
+def test_configure_without_chunked_prefill(
+    is_attention_free: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM's defaults for state models allow it, so ours must not end in an error."""
     vllm_config = config()
     vllm_config.scheduler_config.enable_chunked_prefill = False
-    assert configured(vllm_config) == (None, None)
+    assert configured(vllm_config, is_attention_free=is_attention_free) == (None, None)
     assert not vllm_config.cache_config.enable_prefix_caching
     assert "chunked prefill" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["llamba-tiny", "mambainllama-tiny"])
+def test_vllm_without_chunked_prefill(name: str) -> None:
+    from vllm import EngineArgs
+
+    args = EngineArgs(model=str(MODELS / name), enforce_eager=True, enable_chunked_prefill=False)
+    assert not args.create_engine_config().cache_config.enable_prefix_caching
+
+
+@pytest.mark.skipif(not compat.has_drafts(), reason="drafts are refused with this vLLM")
+def test_block_size_with_drafts() -> None:
+    """vLLM's own message says that the option needs prefix caching, not who turned that off."""
+    from vllm import EngineArgs
+
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    args = EngineArgs(
+        model=str(MODELS / "llamba-tiny"), mamba_block_size=64, speculative_config=drafts
+    )
+    with pytest.raises(ValueError, match=r"--mamba-block-size 64 with --speculative-config"):
+        args.create_engine_config()
 
 
 @pytest.mark.parametrize("value", ["yes", "2", "off"])

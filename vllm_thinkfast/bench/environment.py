@@ -59,6 +59,14 @@ def hardware() -> dict[str, Any]:
     return found
 
 
+def cpu_operators() -> dict[str, str]:
+    """Operator -> "compiled" or "torch": which implementation engines on this CPU use."""
+    # Late: `--dry-run` and `--help` do without torch and numba.
+    from vllm_thinkfast.ops import compiled
+
+    return {name: compiled.implementation(name) for name in compiled.OPERATORS}
+
+
 def git_commit() -> str:
     """Commit of the checkout, with "-dirty" after changes; empty for an installed package."""
     if not (_PACKAGE.parent / ".git").exists():
@@ -80,13 +88,15 @@ def code_hash() -> str:
 def environment_of_runs(settings: Settings) -> dict[str, str]:
     """vLLM's and our own environment variables, which the engines see; without secrets.
 
+    Preloaded libraries are among them: vLLM advises an allocator and an OpenMP for CPUs.
+
     Args:
         settings: of the run.
     """
     found = {
         name: value
         for name, value in sorted(os.environ.items())
-        if name.startswith("VLLM_") and not name.endswith(_SECRETS)
+        if name == "LD_PRELOAD" or (name.startswith("VLLM_") and not name.endswith(_SECRETS))
     }
     if settings.kv_cache_bytes is not None:
         found.pop(CACHE_VARIABLE, None)

@@ -54,16 +54,23 @@ class StepCost:
     """Keys and values of one token, all attention layers."""
     attention_flops_per_token: int
     """Of one query with one token of context, all attention layers."""
+    window: int | None = None
+    """Tokens that a query sees, itself among them; None: all."""
 
     def num_bytes(self, batch: int, context: float) -> float:
         """Bytes to and from memory in a step of ``batch`` sequences of ``context`` tokens."""
-        per_sequence = 2 * self.state_bytes + (context + 1) * self.kv_bytes_per_token
+        # The keys and values of the context are read, those of the new token written.
+        per_token = self.kv_bytes_per_token
+        per_sequence = 2 * self.state_bytes + (self._seen(context) + 1) * per_token
         return self.weight_bytes + batch * per_sequence
 
     def num_flops(self, batch: int, context: float) -> float:
         """Floating point operations of the same step."""
         per_sequence = 2 * self.weight_elements + _OPERATIONS_PER_STATE * self.state_elements
-        return batch * (per_sequence + context * self.attention_flops_per_token)
+        return batch * (per_sequence + self._seen(context) * self.attention_flops_per_token)
+
+    def _seen(self, context: float) -> float:
+        return context if self.window is None else min(context, self.window)
 
     def least_seconds(self, batch: int, context: float, machine: Machine) -> float:
         """The time below which the machine cannot do it."""

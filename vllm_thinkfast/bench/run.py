@@ -91,7 +91,10 @@ class Run:
         self._base = {
             "llm": settings.llm_options(),
             "threads": settings.threads,
-            "versions": environment.versions(),
+            # Engines that wait for each other share caches and memory.
+            "engines": settings.engines,
+            "versions": environment.versions("numba"),
+            "cpu_operators": environment.cpu_operators(),
             "hardware": environment.hardware(),
             "environment": environment.environment_of_runs(settings),
             "code": environment.code_hash(),
@@ -198,7 +201,12 @@ class Run:
             worker = self._worker(model)
             batch = self._batch(model, cell)
             if (model.name, cell.label) not in self._warm:
-                worker.ask("warm_up", batch=batch, mode=cell.mode)
+                worker.ask(
+                    "warm_up",
+                    batch=batch,
+                    mode=cell.mode,
+                    num_prompt_tokens=cell.num_prompt_tokens,
+                )
                 self._warm.add((model.name, cell.label))
             value = worker.ask(
                 "measure",

@@ -18,6 +18,8 @@ from vllm_thinkfast.bench.serve import OnProgress, peak_memory_bytes, reset_peak
 
 _WARM_UP_PROMPT_TOKENS = 8
 _WARM_UP_TOKENS = 2
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""How configs in transformers say that a layer has several MLPs."""
 _FIRST_ORDINARY_TOKEN = 3
 _FEWEST_STEPS = 3
 """Of pure decoding; fewer give no median worth the name."""
@@ -95,13 +97,16 @@ class Engine:
             self.scheduler.max_num_scheduled_tokens,
         )
 
-    def _step_cost(self, num_parameters: int, embedding: int) -> dict[str, Any]:
+    def _step_cost(self, num_parameters: int, embedding: int) -> dict[str, Any] | None:
         from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
 
         model_config = self.config.model_config
         (specs,) = self.executor.get_kv_cache_specs()
         states = [spec for spec in specs.values() if isinstance(spec, MambaSpec)]
         attention = [spec for spec in specs.values() if isinstance(spec, AttentionSpec)]
+        windows = {getattr(spec, "sliding_window", None) for spec in attention} or {None}
+        if len(windows) > 1:  # some layers read the whole context, others a part
+            return None
         unknown = len(specs) - len(states) - len(attention)
         assert not unknown, f"{unknown} cache specs of unknown kind: {specs}"
         is_tied = bool(getattr(model_config.hf_config, "tie_word_embeddings", False))
@@ -119,14 +124,20 @@ class Engine:
             "attention_flops_per_token": sum(
                 4 * query_heads * spec.head_size for spec in attention
             ),
+            "window": windows.pop(),
         }
 
-    def warm_up(self, batch: int, mode: str) -> None:
-        """Runs a batch of short prompts that nobody times."""
+    def warm_up(self, batch: int, mode: str, num_prompt_tokens: int) -> None:
+        """Runs a batch of short prompts, and one of the cell's length, that nobody times.
+
+        Matrix products are prepared for each number of tokens, at most those of one step.
+        """
         # The engine was made for the longest cell, which may be shorter than the usual prompt.
         room = self.config.model_config.max_model_len - _WARM_UP_TOKENS
         prompts = self._prompts(1, batch, min(_WARM_UP_PROMPT_TOKENS, room), mode)
         self._run(prompts, batch, _WARM_UP_TOKENS, mode, seed=1)
+        length = min(num_prompt_tokens, self.scheduler.max_num_scheduled_tokens, room)
+        self._run(self._prompts(2, 1, length, mode), 1, _WARM_UP_TOKENS, mode, seed=2)
 
     def measure(
         self, mode: str, batch: int, num_prompt_tokens: int, num_tokens: int, seed: int
@@ -281,7 +292,8 @@ def count_parameters(hf_config: Any) -> tuple[int | None, int]:
     """(parameters, those of the embedding) of a model, without its weights; None if unknown.
 
     vLLM packs weights into formats of its kernels, so its modules cannot be asked. Of a model with
-    towers besides the language model a step reads only a part: that counts as unknown.
+    towers besides the language model, or with experts, a step reads only a part: that counts as
+    unknown.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -292,7 +304,9 @@ def count_parameters(hf_config: Any) -> tuple[int | None, int]:
     if isinstance(hf_config, LlambaConfig | MambaInLlamaConfig):
         return num_parameters(hf_config), hf_config.vocab_size * hf_config.hidden_size
     is_nested = hf_config.get_text_config() is not hf_config
-    if is_nested or type(hf_config) not in AutoModelForCausalLM._model_mapping:
+    has_experts = any(getattr(hf_config, name, None) for name in _EXPERTS)
+    is_known = type(hf_config) in AutoModelForCausalLM._model_mapping
+    if is_nested or has_experts or not is_known:
         return None, 0
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)

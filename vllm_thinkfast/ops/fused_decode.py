@@ -20,8 +20,7 @@ def can_run(
     conv_state: torch.Tensor, ssm_state: torch.Tensor, *weights: torch.Tensor | None
 ) -> bool:
     """Whether these states and weights suit the functions here, and there are kernels."""
-    operators = ("causal_conv", "discrete_ssd", "selective_scan")
-    if any(compiled.find_for(operator, ssm_state) is None for operator in operators):
+    if any(compiled.find_for(operator, ssm_state) is None for operator in compiled.OPERATORS):
         return False
     return (
         conv_state.dtype == ssm_state.dtype == torch.float32

@@ -116,8 +116,24 @@ def test_measure_samples(engine: worker.Engine) -> None:
     assert found["num_prefilled_tokens"] == NUM_PROMPT_TOKENS + 3
 
 
+def test_warm_up_prefills_as_many_tokens_at_once(
+    engine: worker.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the cell does; at first, matrix products of a new size are slower."""
+    steps = []
+    original = engine._prompts
+
+    def prompts(seed: int, batch: int, num_tokens: int, mode: str) -> Any:
+        steps.append((batch, num_tokens))
+        return original(seed, batch, num_tokens, mode)
+
+    monkeypatch.setattr(engine, "_prompts", prompts)
+    engine.warm_up(2, "separate", NUM_PROMPT_TOKENS)
+    assert steps[-1] == (1, NUM_PROMPT_TOKENS)
+
+
 def test_warm_up_leaves_no_trace(engine: worker.Engine) -> None:
-    engine.warm_up(2, "samples")
+    engine.warm_up(2, "samples", NUM_PROMPT_TOKENS)
     assert not engine.engine.has_unfinished_requests()
 
 
@@ -127,7 +143,7 @@ def test_shortest_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = worker.Engine(str(write_folder(tmp_path / "m", "llamba", "tiny")), options("1+2"))
     try:
         for mode in ("separate", "samples"):
-            engine.warm_up(2, mode)
+            engine.warm_up(2, mode, 1)
             found = engine.measure(mode, 2, 1, 2, seed=0)
             assert found["tokens_per_s"] == pytest.approx(2 * 2 / found["seconds"])
     finally:
@@ -135,10 +151,10 @@ def test_shortest_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_parameters_of_a_model_in_parts() -> None:
-    """A nested config has no vocabulary of its own; what a step reads of the model is not known."""
-    from transformers import Gemma3Config, LlamaConfig, LlavaConfig
+    """A step reads only a part of a model with towers or experts, and which one is not known."""
+    from transformers import Gemma3Config, LlamaConfig, LlavaConfig, MixtralConfig
 
-    for config in (Gemma3Config(), LlavaConfig()):
+    for config in (Gemma3Config(), LlavaConfig(), MixtralConfig()):
         assert worker.count_parameters(config) == (None, 0)
     sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 16}
     count, embedding = worker.count_parameters(LlamaConfig(num_hidden_layers=1, **sizes))

@@ -80,6 +80,10 @@ def test_compute_bound_step() -> None:
     assert cost.num_flops(2, 10) == 2 * (2000 + 150 + 160)
     assert cost.least_seconds(2, 10, machine) == pytest.approx(4620e-6)
     assert machine.bytes_per_s == 2e12
+    windowed = StepCost(**COST, window=4)
+    assert windowed.num_flops(2, 10) == cost.num_flops(2, 4)
+    assert windowed.num_bytes(2, 10) == cost.num_bytes(2, 4)
+    assert windowed.num_bytes(2, 3) == cost.num_bytes(2, 3)
 
 
 def test_failures_and_missing_reference(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.vllm_thinkfast.bench.scripted import Stage, models, settings
+from vllm_thinkfast.bench import environment
 from vllm_thinkfast.bench.run import Measured, Run
 from vllm_thinkfast.bench.settings import Settings
 from vllm_thinkfast.bench.store import Results
@@ -78,12 +79,27 @@ def test_resumes(tmp_path: Path) -> None:
     assert len(more.measured) == 4
 
 
-@pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"threads": 2}])
+@pytest.mark.parametrize(
+    "change", [{"dtype": "bfloat16"}, {"threads": 2}, {"engines": "one-by-one"}]
+)
 def test_other_settings_are_measured(tmp_path: Path, change: dict[str, object]) -> None:
     measure(tmp_path, Stage(), settings())
     again = Stage()
     measure(tmp_path, again, settings(**change))
     assert len(again.measured) == 8
+
+
+def test_other_kernels_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """numba mended, or broken; a library preloaded."""
+    measure(tmp_path, Stage(), settings())
+    monkeypatch.setattr(environment, "cpu_operators", lambda: {"discrete_ssd": "other"})
+    again = Stage()
+    measure(tmp_path, again, settings())
+    assert len(again.measured) == 8
+    monkeypatch.setenv("LD_PRELOAD", "")
+    third = Stage()
+    measure(tmp_path, third, settings())
+    assert len(third.measured) == 8
 
 
 def test_killed_in_between(tmp_path: Path) -> None:
