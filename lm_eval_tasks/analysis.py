@@ -197,8 +197,8 @@ def analyse(runs: Sequence[Run], settings: Settings) -> list[dict[str, Any]]:
 
     Raises:
         InputError: two runs of a group have one name, share no problem, have other problems under
-            the same names, or have scores of different
-            reward models under one name, or a reward has no score for any sample of a run.
+            the same names or scores of different reward models under one name, or a reward has no
+            score for any sample of a run.
     """
     runs = _charge_reward_by_token(runs)
     named = [(*run.group, run.name) for run in runs]
