@@ -11,6 +11,7 @@ from synthetic_runs import make_run
 from lm_eval_tasks.analysis import Settings, analyse, load_run
 from lm_eval_tasks.cli import main
 from lm_eval_tasks.estimators import pass_at_k
+from lm_eval_tasks.samples import SampleStore
 from lm_eval_tasks.scored import load_scored
 from lm_eval_tasks.tables import tables_of
 
@@ -35,7 +36,7 @@ def runs(tmp_path_factory):
             "tokens_per_s": 32.0 * batch,
             "decode_tokens_per_s": 40.0 * batch,
             "num_preemptions": 0,
-            "config_hash": "x",
+            "config_hash": SampleStore(folder / "teacher").config()["config_hash"],
             "started": "2026-01-01T00:00:00+00:00",
         }
         for number in range(3)
