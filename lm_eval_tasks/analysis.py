@@ -6,7 +6,6 @@ problems that every run has, and paired.
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from lm_eval_tasks.budget import (
     latency_curve,
     saturated_curve,
 )
+from lm_eval_tasks.comparable import check_problems, check_rewards, check_scored
 from lm_eval_tasks.costs import Occupancy, token_throughput
 from lm_eval_tasks.curves import (
     DRAWS,
@@ -37,9 +37,14 @@ from lm_eval_tasks.curves import (
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.estimators import bootstrap, reported_ks
 from lm_eval_tasks.provenance import CONDITIONS, read_grading, read_reward, values_of
-from lm_eval_tasks.rewards.scores import read_scores, reward_names
+from lm_eval_tasks.rewards.scores import reward_names
 from lm_eval_tasks.samples import SampleStore
-from lm_eval_tasks.scored import ScoredSample, load_scored_run, rate_over_problems
+from lm_eval_tasks.scored import (
+    ScoredSample,
+    load_scored_run,
+    rate_over_problems,
+    say_unfinished,
+)
 from lm_eval_tasks.scoring import ProblemScore, method_values
 from lm_eval_tasks.throughput import read_throughput
 from lm_eval_tasks.timing import caches_of, loads_of, rounds_of, slowness, timing_spread
@@ -103,13 +108,16 @@ class Run:
         return (self.config["task"], self.config["task_version"], self.config["regime"])
 
 
-def load_run(folder: Path, settings: Settings, with_early_stops: bool = False) -> Run:
+def load_run(
+    folder: Path, settings: Settings, with_early_stops: bool = False, whole: bool = False
+) -> Run:
     """Read a scored run folder.
 
     Args:
         folder: the run folder.
         settings: which reward is wanted.
         with_early_stops: see `lm_eval_tasks.scored.load_scored_run`.
+        whole: see there; else what of an unfinished run is used is said on stderr.
 
     Raises:
         InputError: it is no run folder, is not scored, or a problem has no sample.
@@ -122,8 +130,9 @@ def load_run(folder: Path, settings: Settings, with_early_stops: bool = False) -
             f"--reward {settings.reward}: {folder} has no such scores (there: {known}); make them "
             f"with thinkfast-eval reward {folder} --reward SPEC"
         )
-    scored = load_scored_run(folder, settings.reward, settings.aggregation, with_early_stops)
+    scored = load_scored_run(folder, settings.reward, settings.aggregation, with_early_stops, whole)
     samples, records, occupancy = scored.samples, scored.records, scored.occupancy
+    say_unfinished(folder, scored.unfinished)
     empty = [name for name, drawn in samples.items() if not drawn]
     if empty:
         stop(
@@ -136,8 +145,7 @@ def load_run(folder: Path, settings: Settings, with_early_stops: bool = False) -
     cached = [record.num_cached_tokens for record in records]
     known_cached = [count for count in cached if count is not None]
     counts = [len(drawn) for drawn in samples.values()]
-    costs = {(p, one.sample_index): one.cost_s for p, drawn in samples.items() for one in drawn}
-    facts = {
+    facts = {  # what the server did, by all that is stored: of an unfinished run that is more
         "num_problems": len(samples),
         "num_samples": len(flat),
         "seed": config["seed"],
@@ -147,7 +155,7 @@ def load_run(folder: Path, settings: Settings, with_early_stops: bool = False) -
         "truncated": rate_over_problems(samples.values(), lambda one: one.is_truncated),
         "no_answer": rate_over_problems(samples.values(), lambda one: one.answer_class is None),
         "tokens_per_sample": rate_over_problems(samples.values(), lambda one: one.num_tokens),
-        "prompt_tokens_per_sample": prompt_tokens / len(flat),
+        "prompt_tokens_per_sample": prompt_tokens / len(records),
         "prefix_cache_hits": sum(known_cached) / prompt_tokens
         if len(known_cached) == len(cached) and prompt_tokens
         else None,
@@ -156,16 +164,18 @@ def load_run(folder: Path, settings: Settings, with_early_stops: bool = False) -
         "busy_s": occupancy.busy_s,
         "drain_share": occupancy.drain_s / occupancy.busy_s if occupancy.busy_s else 0.0,
         "tokens_per_s": token_throughput(records, occupancy),
-        "server_s_per_sample": occupancy.busy_s / len(flat),
+        "server_s_per_sample": occupancy.busy_s / len(records),
         "preemptions": _total(sessions, "num_preemptions"),
         "num_sessions": len(sessions),
         "startup_s": _total(sessions, "startup_s"),
         "warmup_s": _total(sessions, "warmup_s"),
         "resumed_problems": len({p for s in sessions for p in s.get("resumed_problems", [])}),
         "load": loads_of(records),
-        "rounds": rounds_of(sessions, records, costs),
+        "rounds": rounds_of(sessions, records, scored.costs),
         "caches": caches_of(sessions),
     }
+    if scored.unfinished is not None:
+        facts["unfinished"] = scored.unfinished.sentence
     return Run(
         folder=folder,
         name=config["name"],
@@ -191,8 +201,9 @@ def analyse(runs: Sequence[Run], settings: Settings) -> list[dict[str, Any]]:
     """Return the groups of a report, in the order in which their first runs are given.
 
     Raises:
-        InputError: two runs of a group have one name, share no problem, or have scores of different
-            reward models under one name, or a reward has no score for any sample of a run.
+        InputError: two runs of a group have one name, share no problem, have other problems under
+            the same names or scores of different reward models under one name, or a reward has no
+            score for any sample of a run.
     """
     runs = _charge_reward_by_token(runs)
     named = [(*run.group, run.name) for run in runs]
@@ -247,13 +258,16 @@ def _charge_reward_by_token(runs: Sequence[Run]) -> list[Run]:
 def _analyse_group(
     key: tuple[str, str, str], runs: list[Run], settings: Settings
 ) -> dict[str, Any]:
-    _check_rewards(runs)
+    check_rewards([(run.folder, run.reward) for run in runs])
     shared = [p for p in runs[0].samples if all(p in run.samples for run in runs)]
     if not shared:
         stop(f"{', '.join(run.name for run in runs)}: no problem is in all of these runs")
+    check_problems([run.folder for run in runs], shared)
     problems = {run.name: [run.samples[p] for p in shared] for run in runs}
     for run in runs:
-        _check_scored(run, problems[run.name])
+        if run.reward is not None:
+            scores = [one.score for drawn in problems[run.name] for one in drawn]
+            check_scored(run.folder, run.reward["name"], scores)
     group: dict[str, Any] = {
         "task": key[0],
         "task_version": key[1],
@@ -271,55 +285,6 @@ def _analyse_group(
     return group
 
 
-def _check_rewards(runs: Sequence[Run]) -> None:
-    """Refuse Best-of-N by different reward models that happen to have one name.
-
-    Raises:
-        InputError: two runs have scores of different rewards.
-    """
-    first = runs[0]
-    for run in runs[1:]:
-        if first.reward is None or run.reward is None:
-            continue
-        hashes = first.reward_hash, run.reward_hash
-        if hashes[0] == hashes[1]:
-            continue
-        there, here = first.reward["description"], run.reward["description"]
-        keys = [key for key in {**there, **here} if key not in _NOT_IDENTITY]
-        what = "".join(
-            f"; {key} {there.get(key)!r} and {here.get(key)!r}"
-            for key in keys
-            if there.get(key) != here.get(key)
-        )
-        name = run.reward["name"]
-        stop(
-            f"--reward {name}: {first.folder} and {run.folder} have scores of different reward "
-            f"models under this name (hashes {hashes[0]} and {hashes[1]}{what}); score both with "
-            f"one model under a new name: thinkfast-eval reward {first.folder} {run.folder} "
-            "--reward SPEC,name=NEW"
-        )
-
-
-def _check_scored(run: Run, problems: Sequence[Sequence[ScoredSample]]) -> None:
-    """Refuse Best-of-N where there is nothing to choose by.
-
-    Raises:
-        InputError: the reward has no score for any of these samples.
-    """
-    flat = [one for drawn in problems for one in drawn]
-    if run.reward is None or any(one.score is not None for one in flat):
-        return
-    name = run.reward["name"]
-    reasons = Counter(record.unscored for record in read_scores(run.folder, name))
-    stop(
-        f"--reward {name}: none of the {len(flat)} samples of {run.folder} that are compared has a "
-        f"score (in the file: {reasons['too_long']} too long for the reward model, "
-        f"{reasons['empty']} without a step); leave --reward out, or score with another SPEC"
-    )
-
-
-#: Of a reward's description: what does not tell its scores apart, or is their hash.
-_NOT_IDENTITY = ("name", "reward_hash", "model", "resolved")
 _SAME = ("temperature", "top_p", "max_tokens", "num_samples", "data_sha256", "prompt")
 
 

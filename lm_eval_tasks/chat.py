@@ -9,15 +9,19 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from lm_eval_tasks.errors import stop
+from lm_eval_tasks.errors import stop, why_not_loaded
+from lm_eval_tasks.option_words import LM_EVAL, OptionWords
 
 
-def checkpoint_chat_template(model_args: Mapping[str, Any]) -> Callable[..., str] | None:
+def checkpoint_chat_template(
+    model_args: Mapping[str, Any], words: OptionWords = LM_EVAL
+) -> Callable[..., str] | None:
     """Return a function that renders messages to a prompt, or None when there is no template.
 
     Args:
         model_args: lm-eval's model arguments, of which ``tokenizer`` or else ``pretrained`` names
             the checkpoint. Without either (API models, model objects) nothing can be looked up.
+        words: how to decide otherwise.
 
     Raises:
         InputError: a checkpoint is named but its tokenizer cannot be loaded.
@@ -35,11 +39,10 @@ def checkpoint_chat_template(model_args: Mapping[str, Any]) -> Callable[..., str
             revision=revision or "main",
             trust_remote_code=model_args.get("trust_remote_code") is True,
         )
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # a damaged file: of any class
         stop(
             f"cannot load the tokenizer of {source} to see whether it has a chat template "
-            f"({reason}); decide with --apply_chat_template or --metadata chat_template=off"
+            f"({why_not_loaded(error)}); {words.other_template}"
         )
     if not tokenizer.chat_template:
         return None

@@ -31,13 +31,21 @@ PLAN = "compare.json"
 
 @dataclass(frozen=True)
 class Model:
-    """One contender: ``--model PATH[,name=...][,key=value...]``."""
+    """One contender: ``--model PATH[,name=...][,revision=...][,key=value...]``."""
 
     path: str
     name: str
     engine_args: dict[str, str] = field(default_factory=dict)
     """Of this model alone, over those of all."""
     tokenizer: str | None = None
+    revision: str | None = None
+    """Of a hub model."""
+    trust_remote_code: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plans store it; those of earlier versions have no later fields."""
+        later = ("revision", "trust_remote_code")
+        return {key: value for key, value in vars(self).items() if value or key not in later}
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,10 @@ class Plan:
         arguments += ["--num-samples", str(samples), "--limit", str(problems), *self.sampling]
         if model.tokenizer:
             arguments += ["--tokenizer", model.tokenizer]
+        if model.revision:
+            arguments += ["--revision", model.revision]
+        if model.trust_remote_code:
+            arguments.append("--trust-remote-code")
         title = f"round {number + 1} of {self.rounds}, {regime}: {model.name}"
         # Speeds need no regime; they are measured once per round.
         if self.batch_sizes and regime == next(iter(self.num_problems)):
@@ -106,7 +118,7 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what must not change between starts of the same comparison."""
-        models = [vars(model) for model in self.models]
+        models = [model.as_dict() for model in self.models]
         return {
             "models": models,
             "task": self.task,
@@ -143,7 +155,9 @@ def share(total: int, number: int, rounds: int) -> int:
 
 
 def parse_model(text: str) -> Model:
-    """Read ``PATH[,name=NAME][,tokenizer=PATH][,KEY=VALUE of vLLM's EngineArgs]...``.
+    """Read ``PATH[,KEY=VALUE]...``.
+
+    The keys are name, tokenizer, revision, trust_remote_code, and those of vLLM's EngineArgs.
 
     Raises:
         InputError: it is malformed.
@@ -160,12 +174,15 @@ def parse_model(text: str) -> Model:
             stop(f"--model {text}: {key} is given twice")
         values[key] = value
     name = values.pop("name", None) or Path(path).resolve().name
-    tokenizer = values.pop("tokenizer", None)
+    tokenizer, revision = values.pop("tokenizer", None), values.pop("revision", None)
+    trusted = values.pop("trust_remote_code", "false").lower()
+    if trusted not in ("true", "false"):
+        stop(f"--model {text}: trust_remote_code={trusted} is neither true nor false")
     if "/" in name or name.startswith("."):
         stop(
             f"--model {text}: name {name!r} is a folder's name; need one without / and leading dot"
         )
-    return Model(path, name, values, tokenizer)
+    return Model(path, name, values, tokenizer, revision, trusted == "true")
 
 
 def run_plan(plan: Plan) -> None:
@@ -209,16 +226,28 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
+def read_plan(folder: Path) -> dict[str, Any] | None:
+    """Return the plan that a folder is bound to: rounds of another one would mix conditions.
+
+    None where no step has stored a sample yet: a plan that could not begin binds nothing.
+    """
+    path = folder / PLAN
+    stores = folder.glob("runs/*/*/samples.jsonl")
+    if not path.exists() or not any(store.stat().st_size for store in stores):
+        return None
+    return read_object(path)
+
+
 def _check_folder(plan: Plan) -> None:
-    """Bind the folder to its plan: rounds of another plan would mix conditions.
+    """Bind the folder to its plan; see `read_plan`.
 
     Raises:
         InputError: it holds another comparison.
     """
     path = plan.folder / PLAN
     wanted = plan.as_dict()
-    if path.exists():
-        stored = read_object(path)
+    stored = read_plan(plan.folder)
+    if stored is not None:
         for key, value in wanted.items():
             if stored.get(key) != value:
                 stop(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_tasks.errors import stop
+from lm_eval_tasks.option_words import LM_EVAL, OptionWords
 
 FieldTypes = Mapping[str, type]
 #: Returns what is wrong with a row, or None.
@@ -13,7 +14,11 @@ RowCheck = Callable[[Mapping[str, Any]], str | None]
 
 
 def read_local_rows(
-    path: str, required: FieldTypes, optional: FieldTypes, check: RowCheck
+    path: str,
+    required: FieldTypes,
+    optional: FieldTypes,
+    check: RowCheck,
+    words: OptionWords = LM_EVAL,
 ) -> list[dict[str, Any]]:
     """Return the rows of a JSON lines file.
 
@@ -22,6 +27,7 @@ def read_local_rows(
         required: fields that every row must have.
         optional: fields that are kept when every row has them; all others are dropped.
         check: looks at each row beyond its field types.
+        words: how the file was given.
 
     Raises:
         InputError: the file cannot be read or has no row, or a line is not as described; the
@@ -30,7 +36,7 @@ def read_local_rows(
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        stop(f"--metadata data_file={path}: cannot be read ({error}); give a JSON lines file")
+        stop(f"{words.data_file}{path}: cannot be read ({error}); give a JSON lines file")
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():

@@ -67,7 +67,7 @@ def load_stopped(folder: Path, uniform: Path | None = None, draws: int = DRAWS) 
     run = load_run(folder, Settings(), with_early_stops=True)
     found = _describe(run, draws)
     if uniform is not None:
-        other = load_run(uniform, Settings())
+        other = load_run(uniform, Settings(), whole=True)  # an unfinished one is refused
         found["against"] = _compare(run, other, draws)
     return found
 

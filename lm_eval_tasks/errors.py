@@ -17,6 +17,21 @@ class InputError(ValueError, SystemExit):
         self.code = 2
 
 
+def why_not_loaded(error: Exception) -> str:
+    """Return in one line why a model or tokenizer could not be loaded.
+
+    Damaged files end in errors of any kind deep in the libraries that read them (a Git LFS pointer
+    in place of weights in a MemoryError), whose text alone says nothing.
+    """
+    line = str(error).strip().split("\n")[0]
+    if line and isinstance(error, OSError | ValueError | TypeError | ImportError | RuntimeError):
+        return line
+    name = type(error).__name__
+    return (
+        f"{name}: {line}" if line else name
+    ) + "; is one of its files damaged, or a Git LFS pointer (git lfs pull)?"
+
+
 def stop(message: str) -> NoReturn:
     """Print ``message`` as one line on stderr and raise it as an `InputError`."""
     sys.stderr.write(f"error: {message}\n")

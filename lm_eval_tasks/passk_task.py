@@ -25,6 +25,7 @@ from lm_eval_tasks import task_path
 from lm_eval_tasks.chat import checkpoint_chat_template
 from lm_eval_tasks.data import FieldTypes, read_local_rows
 from lm_eval_tasks.errors import stop
+from lm_eval_tasks.option_words import LM_EVAL, OptionWords
 from lm_eval_tasks.rewards.aggregation import AGGREGATIONS, aggregate
 from lm_eval_tasks.scoring import grading_of, metric_names, problem_metrics, score_problem
 from lm_eval_tasks.vllm_hook import SampleRequest, install_vllm_hook
@@ -41,6 +42,16 @@ OPTIONS = (
     "reward",
     "aggregation",
 )
+#: What these options are called elsewhere, which their letters do not show. None of these names is
+#: an argument of a model class.
+SYNONYMS = {
+    **dict.fromkeys(("aggregate", "agg"), "aggregation"),
+    **dict.fromkeys(("data", "datafile", "file", "dataset"), "data_file"),
+    **dict.fromkeys(("n", "samples", "repeats", "num_repeats", "n_samples"), "num_samples"),
+    **dict.fromkeys(("template",), "chat_template"),
+    **dict.fromkeys(("identical", "allow_identical"), "allow_identical_samples"),
+    **dict.fromkeys(("reward_model", "prm"), "reward"),
+}
 #: Last word of a task's name -> what it reports for each k. The later ones include the earlier
 #: ones, which cost nothing more than the samples that are there.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -99,8 +110,14 @@ class PassAtKTask(ConfigurableTask):
         """Return what is wrong with a row beyond its field types, or None."""
         return None
 
-    def __init__(self, config: dict[str, Any] | None = None) -> None:
-        """Build the task from its YAML, completed by the options given at run time."""
+    def __init__(self, config: dict[str, Any] | None = None, words: OptionWords = LM_EVAL) -> None:
+        """Build the task from its YAML, completed by the options given at run time.
+
+        Args:
+            config: of lm-eval.
+            words: what messages call the options.
+        """
+        self.words = words
         config = self._complete(dict(config or {}))
         metadata = config["metadata"]
         self.methods = KINDS[config["task"].rpartition("_")[2]]
@@ -143,13 +160,13 @@ class PassAtKTask(ConfigurableTask):
                 reason = str(error).strip().split("\n")[0]
                 stop(
                     f"cannot load {self.config.dataset_path} from the hub ({reason}); without a "
-                    "network, give the same rows with --metadata data_file=FILE.jsonl"
+                    f"network, give the same rows with {self.words.data_file}FILE.jsonl"
                 )
             self._keep_first_rows()
             return
         import datasets
 
-        rows = read_local_rows(str(path), self.REQUIRED, self.OPTIONAL, self.check_row)
+        rows = read_local_rows(str(path), self.REQUIRED, self.OPTIONAL, self.check_row, self.words)
         self.dataset = {self.config.test_split: datasets.Dataset.from_list(rows)}
         self._keep_first_rows()
 
@@ -197,14 +214,15 @@ class PassAtKTask(ConfigurableTask):
         metadata = self.config.metadata
         metadata["chat_template_applied_by"] = "lm-eval" if apply_chat_template else "nobody"
         if not apply_chat_template and metadata.get("chat_template", "auto") == "auto":
-            chat_template = checkpoint_chat_template(metadata)
+            chat_template = checkpoint_chat_template(metadata, self.words)
             if chat_template is not None:
                 apply_chat_template = True
                 metadata["chat_template_applied_by"] = "task"
                 logger.warning(
                     "%s: the checkpoint has a chat template, so the task applies it "
-                    "(--metadata chat_template=off samples the bare prompt)",
+                    "(%s samples the bare prompt)",
                     self.config.task,
+                    self.words.bare_prompt,
                 )
         install_vllm_hook()
         super().build_all_requests(
@@ -343,8 +361,9 @@ def _check_options(metadata: Mapping[str, Any]) -> None:
     """Refuse wrong option values and near misses of option names."""
     for key in metadata:
         close = difflib.get_close_matches(key, OPTIONS, n=1, cutoff=0.85)
-        if key not in OPTIONS and close:
-            stop(f"--metadata {key}=...: unknown option, did you mean {close[0]}?")
+        meant = SYNONYMS.get(key.lower().replace("-", "_")) or (close[0] if close else None)
+        if key not in OPTIONS and meant:
+            stop(f"--metadata {key}=...: unknown option, did you mean {meant}?")
     choice = metadata.get("chat_template", "auto")
     if choice not in ("auto", "off"):
         stop(f"--metadata chat_template={choice!r}: accepted are auto (the default) and off")

@@ -24,6 +24,7 @@ from lm_eval_tasks.tables import Table, figure_csv, regime_text, tables_of
 
 RESULTS = "results.json"
 FORMAT = 1
+_HOW_MADE = ("created", "command", "git_commit", "versions", "hardware", "settings")
 
 
 def build_results(
@@ -67,6 +68,16 @@ def read_results(path: Path) -> dict[str, Any]:
         stop(
             f"{path}: format {results.get('format')!r}, this version reads {FORMAT}; make it again "
             "with thinkfast-eval report"
+        )
+    kinds: dict[str, type] = {"settings": dict, "groups": list, "notes": list}
+    wrong = [name for name, kind in kinds.items() if not isinstance(results.get(name), kind)]
+    wrong += [name for name in _HOW_MADE if name not in results]
+    if not wrong and not isinstance(results["settings"].get("level"), float | int):
+        wrong = ["settings.level"]
+    if wrong:
+        stop(
+            f"{path}: fields missing or of a wrong type: {', '.join(dict.fromkeys(wrong))}; make "
+            "it again with thinkfast-eval report"
         )
     return results
 
@@ -151,8 +162,7 @@ def _introduction(group: dict[str, Any]) -> str:
 
 
 def _how_made(results: dict[str, Any]) -> list[tuple[str, Any]]:
-    names = ("created", "command", "git_commit", "versions", "hardware", "settings")
-    return [(name, results[name]) for name in names]
+    return [(name, results[name]) for name in _HOW_MADE]
 
 
 def _markdown(

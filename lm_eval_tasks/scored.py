@@ -7,6 +7,7 @@ models and data sets are not needed any more.
 import dataclasses
 import hashlib
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,33 @@ class ScoredSample:
 
 
 @dataclass(frozen=True)
+class Unfinished:
+    """What is used of a run that is not finished: the sample indices that every problem has.
+
+    What is stored of such a run is what finished first, short texts, which are right more often.
+    Which samples have a low index has nothing to do with how long they are.
+    """
+
+    num_wanted: int
+    """Samples that every problem shall have."""
+    num_used: int
+    """Samples of every problem that are used, from index 0 on without a gap; at least 1."""
+    num_problems: int
+    num_short: int
+    """Problems that lack some of the wanted samples."""
+    num_stored: int
+
+    @property
+    def sentence(self) -> str:
+        """What a reader must know, without the run's name."""
+        return (
+            f"{self.num_short} of {self.num_problems} problems lack some of their "
+            f"{self.num_wanted} samples; used are the first {self.num_used} of each problem, which "
+            f"all have ({self.num_used * self.num_problems} of {self.num_stored} stored samples)"
+        )
+
+
+@dataclass(frozen=True)
 class ScoredRun:
     """A run folder's samples, as they were judged and as they were stored."""
 
@@ -59,10 +87,15 @@ class ScoredRun:
     """Problem id to samples in the order of their indices; the problems in data set order. A
     problem without samples has an empty list."""
     records: list[SampleRecord]
-    """The same samples in the order in which they were stored, their texts left out (empty)."""
+    """All stored samples in the order in which they were stored, their texts left out (empty);
+    of an unfinished run more than ``samples``."""
+    costs: dict[tuple[str, int], float]
+    """Server seconds of each of ``records``, by problem and index."""
     num_distinct_texts: int
     """Different texts, those of different problems counted apart."""
     occupancy: Occupancy
+    unfinished: Unfinished | None = None
+    """None: every problem has all its samples, or as many as its early stop left it."""
 
 
 def refuse_early_stops(folder: Path | str, config: Mapping[str, Any]) -> None:
@@ -96,8 +129,11 @@ def load_scored_run(
     reward: str | None = None,
     aggregation: str = "last",
     with_early_stops: bool = False,
+    whole: bool = False,
 ) -> ScoredRun:
     """Return the judged samples of a run, and how they used the server.
+
+    Of an unfinished run only the samples that `Unfinished` describes are returned.
 
     Args:
         folder: the run folder.
@@ -105,11 +141,13 @@ def load_scored_run(
         aggregation: how step scores become the score of a solution.
         with_early_stops: the caller knows what to do with problems whose number of samples depends
             on their answers. Estimates over subsets, orders and seconds are biased for these.
+        whole: return all samples of an unfinished run; the caller refuses it.
 
     Raises:
-        InputError: the run has early stops and the caller does not know of them, a file is
-            malformed, samples lack their verdict or their reward score (the
-            message names the command that makes them), or ``aggregation`` is unknown.
+        InputError: the run has early stops and the caller does not know of them, it is unfinished
+            and no sample index is there for every problem, a file is malformed, samples lack their
+            verdict or their reward score (the message names the command that makes them), or
+            ``aggregation`` is unknown.
     """
     if aggregation not in AGGREGATIONS:
         stop(f"aggregation {aggregation!r}: accepted are {', '.join(AGGREGATIONS)}")
@@ -127,20 +165,30 @@ def load_scored_run(
     by_problem: dict[str, list[SampleRecord]] = {p.problem_id: [] for p in store.problems()}
     for record in records:
         by_problem[record.problem_id].append(record)
+    unfinished = None
+    if not whole and StopRule.of(config) is None:
+        unfinished = _unfinished(folder, config.get("num_samples"), by_problem)
+    if unfinished is not None:
+        used = unfinished.num_used
+        by_problem = {
+            name: [record for record in drawn if record.sample_index < used]
+            for name, drawn in by_problem.items()
+        }
+    needed = [record for drawn in by_problem.values() for record in drawn]
     verdicts = {v.key: v for v in read_verdicts(folder) if v.task_version == version}
-    missing = sum(record.key not in verdicts for record in records)
+    missing = sum(record.key not in verdicts for record in needed)
     if missing:
         stop(
-            f"{folder}: {missing} of {len(records)} samples have no verdict of version {version}; "
+            f"{folder}: {missing} of {len(needed)} samples have no verdict of version {version}; "
             f"run thinkfast-eval score {folder}"
         )
     scores: dict[tuple[str, int], ScoreRecord] = {}
     if reward is not None:
         scores = {score.key: score for score in read_scores(folder, reward)}
-        missing = sum(record.key not in scores for record in records)
+        missing = sum(record.key not in scores for record in needed)
         if missing:
             stop(
-                f"{folder}: {missing} of {len(records)} samples are not scored by {reward}; run "
+                f"{folder}: {missing} of {len(needed)} samples are not scored by {reward}; run "
                 f"thinkfast-eval reward {folder} with that reward again, it resumes"
             )
     classes = {name: row.class_of() for name, row in read_classes(folder, version).items()}
@@ -173,7 +221,44 @@ def load_scored_run(
                     reward_tokens=score.num_tokens if score else None,
                 )
             )
-    return ScoredRun(samples, records, len(texts), occupancy)
+    return ScoredRun(samples, records, costs, len(texts), occupancy, unfinished)
+
+
+def _unfinished(
+    folder: Path | str, wanted: int | None, by_problem: Mapping[str, Sequence[SampleRecord]]
+) -> Unfinished | None:
+    """Return what can be used of an unfinished run; None where every problem has its samples.
+
+    Raises:
+        InputError: no sample index is there for every problem.
+    """
+    have = {name: {r.sample_index for r in drawn} for name, drawn in by_problem.items()}
+    if wanted is None:  # a folder that another program wrote
+        wanted = max((max(indices, default=0) + 1 for indices in have.values()), default=1)
+    short = [name for name, indices in have.items() if not indices.issuperset(range(wanted))]
+    if not short:
+        return None
+    used = min(next(i for i in range(wanted) if i not in have[name]) for name in short)
+    if not used:
+        empty = [name for name in short if not have[name]]
+        first = [name for name in short if 0 not in have[name]]
+        what = "no sample yet" if empty else "no sample 0 yet"
+        named = empty or first
+        stop(
+            f"{folder}: {len(named)} of {len(have)} problems have {what} (first: {named[0]}), and "
+            "the others alone would be those that finish fast; finish thinkfast-eval sample with "
+            "the same options, it resumes"
+        )
+    return Unfinished(wanted, used, len(have), len(short), sum(map(len, have.values())))
+
+
+def say_unfinished(folder: Path | str, unfinished: Unfinished | None) -> None:
+    """Say on stderr what of an unfinished run is used."""
+    if unfinished is not None:
+        sys.stderr.write(
+            f"{folder}: not finished, {unfinished.sentence}; the same thinkfast-eval sample "
+            "command goes on\n"
+        )
 
 
 def rate_over_problems(

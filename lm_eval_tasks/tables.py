@@ -139,6 +139,9 @@ def what_was_run(regime: str, runs: Sequence[Mapping[str, Any]]) -> Table:
             "Reward model seconds are as measured, one run after another: they differ by what the "
             "machine did meanwhile, too."
         )
+    for run in runs:
+        if run["facts"].get("unfinished"):
+            notes.append(f"{run['name']} is not finished: {run['facts']['unfinished']}.")
     if any(fact["distinct_texts"] < 0.5 for fact in facts):
         notes.append("Many equal texts: are the samples copies (seeds, temperature)?")
     sizes = [cache["bytes"] for fact in facts for cache in fact.get("caches", [])]

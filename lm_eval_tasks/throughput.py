@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_tasks.errors import stop
-from lm_eval_tasks.jsonl import JsonLines
+from lm_eval_tasks.jsonl import JsonLines, read_object
 from lm_eval_tasks.sampling.backend import BackendError
 from lm_eval_tasks.sampling.vllm_backend import empty_prefix_cache, failures_of_vllm
 
@@ -41,12 +41,17 @@ _FIELDS = {
 def read_throughput(folder: Path) -> list[dict[str, Any]]:
     """Return the measurements of a run folder; empty where there are none.
 
+    Those of settings other than the folder's are left out: they stayed from a run whose samples
+    are gone.
+
     Raises:
         InputError: a line is malformed, one round and batch size stands there twice, or sequences
             have different lengths: their speeds cannot be compared.
     """
     seen: set[tuple[int, int]] = set()
     lengths: set[tuple[int, int]] = set()
+    config = folder / "config.json"
+    present = read_object(config).get("config_hash") if config.is_file() else None
 
     def parse(row: dict[str, Any]) -> dict[str, Any]:
         if row.keys() | {"seeded"} != _FIELDS.keys():
@@ -58,6 +63,8 @@ def read_throughput(folder: Path) -> list[dict[str, Any]]:
                 kind is bool
             ):
                 raise ValueError(f"{field} is {row[field]!r}; need {kind.__name__}")
+        if present not in (None, row["config_hash"]):
+            return row
         key = (row["round"], row["batch_size"])
         if key in seen:
             raise ValueError(f"round {key[0]} at batch size {key[1]} stands there twice")
@@ -67,7 +74,14 @@ def read_throughput(folder: Path) -> list[dict[str, Any]]:
             raise ValueError(f"speeds of different lengths in one file: {sorted(lengths)} tokens")
         return row
 
-    return list(JsonLines(folder / THROUGHPUT).read(parse))
+    rows = list(JsonLines(folder / THROUGHPUT).read(parse))
+    ours = [row for row in rows if present in (None, row["config_hash"])]
+    if len(ours) < len(rows):
+        sys.stderr.write(
+            f"{folder / THROUGHPUT}: {len(rows) - len(ours)} of {len(rows)} speeds are of other "
+            "settings than config.json and left out\n"
+        )
+    return ours
 
 
 def time_batch(backend: Any, prompts: Sequence[Sequence[int]], num_tokens: int) -> dict[str, Any]:

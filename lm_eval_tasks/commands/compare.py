@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_tasks.commands.report import add_analysis_arguments, settings_of
-from lm_eval_tasks.commands.sample import DEFAULT_SEED, UNSEEDED, add_speed_arguments
-from lm_eval_tasks.compare import PLAN, Model, Plan, parse_model, run_plan
+from lm_eval_tasks.commands.sample import (
+    DEFAULT_SEED,
+    NO_ENGINE_ARGS,
+    UNSEEDED,
+    add_speed_arguments,
+)
+from lm_eval_tasks.compare import Model, Plan, parse_model, read_plan, run_plan
 from lm_eval_tasks.errors import stop
-from lm_eval_tasks.jsonl import read_object
+from lm_eval_tasks.option_words import COMPARE
 from lm_eval_tasks.report import build_results, write_report
 from lm_eval_tasks.rewards.scores import reward_names
 from lm_eval_tasks.sampling.runner import REGIMES
@@ -34,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="PATH[,name=NAME][,KEY=VALUE...]",
-        help="folder or hub name; give it twice or more, the first is the baseline; tokenizer= and "
-        "vLLM's EngineArgs for this model alone, for example max_num_seqs=64; arguments of memory "
-        "are the same for all",
+        help="folder or hub name; give it twice or more, the first is the baseline; tokenizer=, "
+        "revision=, trust_remote_code= and vLLM's EngineArgs for this model alone, for example "
+        "max_num_seqs=64; arguments of memory are the same for all",
     )
     parser.add_argument("--task", required=True, help="as in thinkfast-eval sample")
     parser.add_argument("--num-samples", type=int, default=64, metavar="N", help="(%(default)s)")
@@ -155,8 +160,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     for name in names:
         if names.count(name) > 1:
             stop(f"--model: two models are named {name}; tell them apart with ,name=...")
-    plan_file = options.out / PLAN
-    begun = read_object(plan_file) if plan_file.exists() else None
+    begun = read_plan(options.out)
     rounds = _rounds(options.rounds, begun)
     for flag, value in (
         ("--num-samples", options.num_samples),
@@ -174,6 +178,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         if not mark or not key:
             stop(f"--engine-args {pair}: need KEY=VALUE")
         engine_args[key] = value
+    _check_engine_args(models, engine_args)
     _check_memory(models, engine_args)
     num_problems = _num_problems(options, models[0])
     if rounds > options.num_samples and "saturated" in num_problems:
@@ -215,6 +220,22 @@ def _rounds(given: int | None, begun: Mapping[str, Any] | None) -> int:
         return given
     stored = (begun or {}).get("rounds")
     return stored if isinstance(stored, int) else DEFAULT_ROUNDS
+
+
+def _check_engine_args(models: Sequence[Model], engine_args: Mapping[str, str]) -> None:
+    """Refuse what `sample` refuses, before the first step.
+
+    Raises:
+        InputError: an argument decides which checkpoint is drawn, or would spoil the times.
+    """
+    own = "tokenizer", "revision", "trust_remote_code"
+    given = [(f"--engine-args {key}=...", key) for key in engine_args]
+    given += [(f"--model {one.path}: {key}=...", key) for one in models for key in one.engine_args]
+    for what, key in given:
+        key = key.replace("-", "_")
+        if key in NO_ENGINE_ARGS:
+            fix = f"give --model PATH,{key}=VALUE" if key in own else NO_ENGINE_ARGS[key]
+            stop(f"{what}: not accepted; {fix}")
 
 
 def _check_memory(models: Sequence[Model], engine_args: Mapping[str, str]) -> None:
@@ -263,27 +284,40 @@ def _seed(given: int | None, begun: Mapping[str, Any] | None) -> int | None:
 
 
 def _num_problems(options: argparse.Namespace, model: Model) -> dict[str, int]:
-    """Return how many problems each regime gets; reads the task where no option says it."""
+    """Return how many problems each regime gets, by the options and the task's data.
+
+    Raises:
+        InputError: a limit is above what the task has; a step would say it of its share.
+    """
     regimes = [regime for regime in REGIMES if regime in options.regime]
     if options.latency_limit is not None and "latency" not in regimes:
         stop("--latency-limit belongs to the regime latency; add --regime latency")
     limits = dict.fromkeys(regimes, options.limit)
     if options.latency_limit is not None:
         limits["latency"] = options.latency_limit
-    if None not in limits.values():
-        return limits
-    from lm_eval_tasks.sampling.problems import load_problems
+    from lm_eval_tasks.sampling.problems import count_problems, load_problems
 
-    arguments = {"pretrained": model.path, "chat_template_args": {}}
-    if model.tokenizer:
-        arguments["tokenizer"] = model.tokenizer
-    task = load_problems(
-        options.task,
-        arguments,
-        data_file=options.data_file,
-        chat_template=options.chat_template or "auto",
-    )
-    count = len(task.problems)
+    if None in limits.values():
+        arguments: dict[str, Any] = {"pretrained": model.path, "chat_template_args": {}}
+        if model.tokenizer:
+            arguments["tokenizer"] = model.tokenizer
+        if model.revision:
+            arguments["revision"] = model.revision
+        if model.trust_remote_code:
+            arguments["trust_remote_code"] = True
+        task = load_problems(
+            options.task,
+            arguments,
+            data_file=options.data_file,
+            chat_template=options.chat_template or "auto",
+            words=COMPARE,
+        )
+        count = len(task.problems)
+    else:
+        count = count_problems(options.task, options.data_file, COMPARE)
+    for flag, limit in (("--limit", options.limit), ("--latency-limit", options.latency_limit)):
+        if limit is not None and limit > count:
+            stop(f"{flag} {limit}: {options.task} has {count} problems; give {count} or fewer")
     return {name: count if limit is None else limit for name, limit in limits.items()}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from lm_eval_tasks.analysis import Run, Settings, load_run
 from lm_eval_tasks.commands.reward import load_and_score
+from lm_eval_tasks.comparable import check_rewards, check_scored
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.estimators import reported_ks
 from lm_eval_tasks.jsonl import write_atomically
@@ -26,6 +27,7 @@ from lm_eval_tasks.prm_study.evaluate import (
     conditions,
     study_run,
 )
+from lm_eval_tasks.provenance import read_reward
 from lm_eval_tasks.rewards.aggregation import AGGREGATIONS
 from lm_eval_tasks.rewards.phase import ScorePhase
 from lm_eval_tasks.rewards.scores import read_scores, reward_names
@@ -93,6 +95,7 @@ def run(options: argparse.Namespace) -> int:
 
         require_matplotlib()
     rewards = _rewards(options)
+    _check_rewards(options.runs, rewards)
     loaded = {str(folder): _load(folder, rewards) for folder in options.runs}
     runs = [load_run(folder, Settings()) for folder in options.runs]
     ks, k = _ks(options, loaded)
@@ -161,6 +164,15 @@ def _rewards(options: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _check_rewards(folders: Sequence[Path], rewards: Sequence[str]) -> None:
+    """Refuse scores of different reward models under one name in runs of one task."""
+    tasks = [SampleStore(folder).config()["task"] for folder in folders]
+    for reward in rewards:
+        for task in dict.fromkeys(tasks):
+            same = [folder for folder, one in zip(folders, tasks, strict=True) if one == task]
+            check_rewards([(folder, read_reward(folder, reward)) for folder in same])
+
+
 def _load(
     folder: Path, rewards: Sequence[str]
 ) -> tuple[dict[str, Outcomes], dict[tuple[str, str], ScoreTable]]:
@@ -169,6 +181,7 @@ def _load(
     tables: dict[tuple[str, str], ScoreTable] = {}
     for reward in rewards:
         samples = load_scored(folder, reward)  # checks that verdicts and scores are complete
+        check_scored(folder, reward, [one.score for drawn in samples.values() for one in drawn])
         steps = {record.key: record for record in read_scores(folder, reward)}
         outcomes = {
             name: Outcomes([s.answer_class for s in drawn], [s.correct for s in drawn])

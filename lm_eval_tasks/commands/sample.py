@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from lm_eval_tasks.errors import stop
+from lm_eval_tasks.errors import stop, why_not_loaded
 from lm_eval_tasks.jury import VoteJury
 from lm_eval_tasks.leftovers import forget_missing
 from lm_eval_tasks.samples import SEED_FIELDS, SampleStore, config_hash
@@ -36,6 +36,17 @@ DEFAULT_SEED = 1234
 """lm-eval's."""
 UNSEEDED = -1
 """Value of ``--seed`` that draws without seeds, as in lm-eval and vLLM."""
+
+#: vLLM's EngineArgs that are not taken, and what is given instead. The first five decide which
+#: checkpoint is drawn and how its prompts are made, which config.json records from the options.
+NO_ENGINE_ARGS = {
+    "model": "give --model",
+    "tokenizer": "give --tokenizer",
+    "revision": "give --revision",
+    "tokenizer_revision": "give --revision, or --tokenizer with a folder of that revision",
+    "trust_remote_code": "give --trust-remote-code",
+    "disable_log_stats": "leave it out: they stamp the first tokens of the samples",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -319,9 +330,11 @@ def _check(options: argparse.Namespace) -> None:
         stop(f"--timeout {options.timeout}: need more than 0 seconds")
     if options.data_file is not None and not Path(options.data_file).is_file():
         stop(f"--data-file {options.data_file}: there is no such file")
-    if options.seed == UNSEEDED and any(
-        pair.partition("=")[0].strip() == "seed" for pair in options.engine_args
-    ):
+    given = [pair.partition("=")[0].strip().replace("-", "_") for pair in options.engine_args]
+    for key in given:
+        if key in NO_ENGINE_ARGS and not options.server:
+            stop(f"--engine-args {key}=...: not accepted; {NO_ENGINE_ARGS[key]}")
+    if options.seed == UNSEEDED and "seed" in given:
         stop(
             "--engine-args seed=...: with --seed -1 the engine gets another seed in every session, "
             "so that none repeats the random numbers of an earlier one; leave it out"
@@ -338,6 +351,12 @@ def _check(options: argparse.Namespace) -> None:
             stop("--batch-sizes measures vLLM in this process; leave it out with --server")
         if options.engine_args:
             stop("--engine-args belong to vLLM in this process; give them to the server instead")
+        key = os.environ.get(options.api_key_env) or ""
+        if not (key.isascii() and key.isprintable()):
+            stop(
+                f"--api-key-env {options.api_key_env}: its value has a line break or another "
+                "character that no HTTP header can have; set the variable without it"
+            )
         if options.api == "chat" and options.tokenizer:
             stop("--tokenizer is for --api completions; with chat the server makes the prompt")
         if options.revision and not options.tokenizer:
@@ -533,9 +552,8 @@ def _tokenizer(options: argparse.Namespace) -> Any:
             revision=options.revision or "main",
             trust_remote_code=options.trust_remote_code,
         )
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        stop(f"--tokenizer {options.tokenizer}: cannot be loaded ({reason})")
+    except Exception as error:  # a damaged file: of any class
+        stop(f"--tokenizer {options.tokenizer}: cannot be loaded ({why_not_loaded(error)})")
 
 
 def _warn_of_changes(store: SampleStore, config: Mapping[str, Any]) -> None:

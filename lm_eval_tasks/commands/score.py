@@ -9,16 +9,20 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lm_eval_tasks.comparable import check_rewards, check_scored
 from lm_eval_tasks.early_stops import load_stopped, summary
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.estimators import mean_and_stderr, reported_ks
+from lm_eval_tasks.provenance import read_reward
 from lm_eval_tasks.rewards.aggregation import AGGREGATIONS
+from lm_eval_tasks.rewards.scores import reward_names
 from lm_eval_tasks.samples import SampleStore
-from lm_eval_tasks.scored import load_scored, rate_over_problems
+from lm_eval_tasks.scored import load_scored_run, rate_over_problems, say_unfinished
 from lm_eval_tasks.scoring import ProblemScore, grading_of, method_values
 from lm_eval_tasks.stopping import StopRule
 from lm_eval_tasks.verdicts import score_run
@@ -62,10 +66,14 @@ class RunScores:
     gen_tokens: float
     metrics: dict[str, dict[str, float]]
     """Metric key to ``mean``, ``stderr`` over problems, and ``mc_stderr`` of the random subsets."""
+    unfinished: str | None = None
+    """What of an unfinished run is used."""
 
 
 def run(options: argparse.Namespace) -> int:
     """Score the runs and print their tables."""
+    if options.reward is not None:
+        _check_rewards(options.runs, options.reward)
     results: list[RunScores | dict[str, Any]] = []
     for folder in options.runs:
         try:
@@ -94,6 +102,17 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_rewards(folders: Sequence[Path], reward: str) -> None:
+    """Refuse scores of different reward models under one name in runs of one task."""
+    of_task: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    for folder in folders:
+        if reward in reward_names(folder):  # else it is said where they are read
+            task = SampleStore(folder).config()["task"]
+            of_task.setdefault(task, []).append((folder, read_reward(folder, reward)))
+    for found in of_task.values():
+        check_rewards(found)
+
+
 def evaluate_run(
     folder: Path, ks: str | None = None, reward: str | None = None, aggregation: str = "last"
 ) -> RunScores:
@@ -106,19 +125,18 @@ def evaluate_run(
         aggregation: of the step scores.
 
     Raises:
-        InputError: as for `load_scored`; no samples, or a k above the number of samples.
+        InputError: as for `load_scored_run`; no samples, a k above the number of samples, or no
+            sample with a reward.
     """
-    scored = load_scored(folder, reward, aggregation)
+    loaded = load_scored_run(folder, reward, aggregation)
+    say_unfinished(folder, loaded.unfinished)
+    scored = loaded.samples
     if not scored:
         stop(f"{folder}: no problems; run thinkfast-eval sample first")
     fewest = min(scored, key=lambda name: len(scored[name]))
     num_samples = len(scored[fewest])
-    if num_samples == 0:
-        empty = sum(not samples for samples in scored.values())
-        stop(
-            f"{folder}: {empty} of {len(scored)} problems have no sample yet (first: {fewest}); "
-            "finish thinkfast-eval sample with the same options, it resumes"
-        )
+    if reward is not None:
+        check_scored(folder, reward, [one.score for drawn in scored.values() for one in drawn])
     chosen = reported_ks(num_samples) if ks is None else _parse_ks(ks)
     if max(chosen) > num_samples:
         stop(
@@ -154,6 +172,7 @@ def evaluate_run(
         truncated=rate_over_problems(scored.values(), lambda one: one.is_truncated),
         gen_tokens=rate_over_problems(scored.values(), lambda one: one.num_tokens),
         metrics=metrics,
+        unfinished=None if loaded.unfinished is None else loaded.unfinished.sentence,
     )
 
 
@@ -174,6 +193,8 @@ def table(scores: RunScores) -> str:
         f"no answer {scores.no_answer:.1%}, truncated {scores.truncated:.1%}, "
         f"{scores.gen_tokens:.0f} tokens per sample"
     )
+    if scores.unfinished:
+        head += f"\nnot finished: {scores.unfinished}"
     body = [
         "  ".join(text.rjust(w) for text, w in zip(line, widths, strict=True)) for line in lines
     ]

@@ -30,7 +30,8 @@ LEVELS: dict[str, tuple[float, ...]] = {
     "shuffle": (0.25, 0.5, 0.75, 1.0),
     "oracle": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
 }
-#: Probabilities are kept this far from 0 and 1 when they become log-odds.
+#: Scores of exactly 0 and 1 count as this far from there when they become log-odds, or as half as
+#: far as the score next to them. All others stay as they are: products of many steps are small.
 _EDGE = 1e-6
 
 
@@ -97,7 +98,7 @@ def _degrade_given(
     count = len(given)
     if family == "noise":
         noise = generator.standard_normal(count)
-        result: Floats = 1 / (1 + np.exp(-(_log_odds(given) + level * spread * noise)))
+        result: Floats = np.exp(-np.logaddexp(0, -(_log_odds(given) + level * spread * noise)))
         return result
     worse = given.copy()
     chosen = generator.random(count) < level
@@ -114,8 +115,12 @@ def _degrade_given(
 
 
 def _log_odds(probabilities: Floats) -> Floats:
-    inside = np.clip(probabilities, _EDGE, 1 - _EDGE)
-    result: Floats = np.log(inside) - np.log1p(-inside)
+    between = probabilities[(probabilities > 0) & (probabilities < 1)]
+    low = min(_EDGE, between.min(initial=1.0) / 2)
+    high = min(_EDGE, (1 - between.max(initial=0.0)) / 2)
+    above = np.where(probabilities > 0, probabilities, low)
+    below = np.where(probabilities < 1, 1 - probabilities, high)
+    result: Floats = np.log(above) - np.log(below)
     return result
 
 

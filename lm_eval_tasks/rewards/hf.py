@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lm_eval_tasks.errors import stop
+from lm_eval_tasks.errors import InputError, stop, why_not_loaded
 from lm_eval_tasks.rewards.backend import Backend, sigmoid
 from lm_eval_tasks.rewards.hf_models import Qwen2WithTwoLabels, Qwen2WithValue
 from lm_eval_tasks.rewards.protocols import Readout, ScoringInput, SingleValue, TokenPair, TwoLabels
@@ -33,8 +33,10 @@ class HFBackend(Backend):
         self.device = _device(spec)
         self.dtype = _dtype(spec, self.device)
         self.batch_tokens = spec.batch_tokens
-        self._model = _load(spec, readout, self.dtype).to(self.device).eval()
-        self._log_odds = _head(self._model, readout)
+        model = _load(spec, readout, self.dtype)
+        # Too large for the device: said as anything else that keeps a model from being loaded.
+        self._model = _loaded(spec, lambda: model.to(self.device).eval())
+        self._log_odds = _loaded(spec, lambda: _head(self._model, readout))
         limit = getattr(self._model.config, "max_position_embeddings", None) or spec.max_tokens
         if limit is None:
             stop(f"{spec.model} does not say how long an input may be; give max_tokens=")
@@ -156,8 +158,10 @@ def _load(spec: RewardSpec, readout: Readout, dtype: torch.dtype) -> Any:
 def _loaded(spec: RewardSpec, load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        stop(f"cannot load the reward model {spec.model}: {_first_line(error)}")
+    except InputError:
+        raise
+    except Exception as error:
+        stop(f"cannot load the reward model {spec.model}: {why_not_loaded(error)}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lm_eval_tasks.errors import InputError, stop
+from lm_eval_tasks.errors import InputError, stop, why_not_loaded
 from lm_eval_tasks.rewards.backend import Backend
 from lm_eval_tasks.rewards.protocols import PROTOCOLS, Readout, ScoringInput, StepProtocol
 from lm_eval_tasks.rewards.scores import Unscored
@@ -139,8 +139,8 @@ def _tokenizer(spec: RewardSpec) -> Any:
         # A revision is one of the model's repository.
         revision = spec.revision if spec.tokenizer is None else None
         return AutoTokenizer.from_pretrained(spec.tokenizer_source, revision=revision)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # a damaged file: of any class
+        reason = why_not_loaded(error)
         stop(
             f"cannot load the tokenizer of the reward model {spec.tokenizer_source}: {reason}; "
             "check the name, or give tokenizer="

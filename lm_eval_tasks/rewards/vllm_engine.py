@@ -10,10 +10,12 @@ Two-label heads run as vLLM's own ``Qwen2ForProcessRewardModel`` with pooling ta
 ``token_classify``, whose STEP pooler returns the softmax at each step tag.
 """
 
+import gc
+import os
 from collections.abc import Sequence
 from typing import Any
 
-from lm_eval_tasks.errors import stop
+from lm_eval_tasks.errors import InputError, stop, why_not_loaded
 from lm_eval_tasks.rewards.backend import Backend, sigmoid
 from lm_eval_tasks.rewards.protocols import Readout, ScoringInput, SingleValue, TokenPair, TwoLabels
 from lm_eval_tasks.rewards.spec import RewardSpec
@@ -33,8 +35,12 @@ class VLLMBackend(Backend):
                 f"{spec.protocol}: vLLM has no class for this value head; take backend=hf, or "
                 "backend=remote with a server that has the authors' plugin"
             )
+        # The engine in this very process: one of its own survives a kill -9 of this one for ever,
+        # with all its memory. vLLM reads this when the engine starts.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         try:
             import vllm
+            from vllm.distributed import parallel_state
         except ImportError as error:
             stop(f"backend=vllm: {error}; install vLLM, or take backend=hf")
         arguments: dict[str, Any] = {"model": spec.model, "dtype": spec.dtype, "seed": 0}
@@ -45,11 +51,14 @@ class VLLMBackend(Backend):
         if spec.max_tokens is not None:
             arguments["max_model_len"] = spec.max_tokens
         self._params = _params(readout)
+        # Beside an engine that samples in this process, what they share is not ours to take down.
+        self._is_alone = not parallel_state.model_parallel_is_initialized()
         try:
             self._engine: Any = vllm.LLM(**arguments | dict(spec.engine))
-        except (OSError, TypeError, ValueError, RuntimeError) as error:
-            reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-            stop(f"vLLM cannot start the reward model {spec.model}: {reason}")
+        except InputError:
+            raise
+        except Exception as error:  # too little memory, damaged weights, ...: of any class
+            stop(f"vLLM cannot start the reward model {spec.model}: {why_not_loaded(error)}")
         config = self._engine.llm_engine.model_config
         self._facts = {
             "vllm": vllm.__version__,
@@ -112,6 +121,12 @@ class VLLMBackend(Backend):
         """See `Backend.close`."""
         self._engine.llm_engine.engine_core.shutdown()
         del self._engine
+        if self._is_alone:
+            from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+            cleanup_dist_env_and_memory()  # the next engine in this process finds its memory free
+        else:
+            gc.collect()
 
 
 def _params(readout: TokenPair | TwoLabels) -> Any:

@@ -62,6 +62,8 @@ class Backend(Protocol):
 
     max_in_flight: int
     """Submitted and unfinished samples that keep the engine busy under saturation."""
+    num_places: int
+    """Samples that can be generated at once; what is submitted beyond them waits."""
 
     def prepare(self, problems: Sequence[Problem], settings: SamplingSettings) -> None:
         """Tokenise the prompts, once each, and check that they fit.

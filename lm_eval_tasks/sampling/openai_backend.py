@@ -88,6 +88,7 @@ class OpenAIBackend:
         self._aiohttp = aiohttp
         self.options = options
         self.max_in_flight = max_in_flight
+        self.num_places = max_in_flight  # how many of them the server runs at once, it does not say
         self.tokenizer = tokenizer
         self.num_retries = 0
         self._warned_at = -math.inf
@@ -203,12 +204,6 @@ class OpenAIBackend:
             )
         except BackendError as error:
             self._finished.put(error)
-        except Exception as error:
-            # A server that answers in another shape; unseen here, the runner would wait for ever.
-            reason = f"{type(error).__name__}: {error}"
-            self._finished.put(
-                BackendError(f"no OpenAI-like answer from {self.options.url} ({reason})")
-            )
         else:
             self._finished.put(drawn)
 
@@ -233,6 +228,11 @@ class OpenAIBackend:
         return body
 
     async def _with_retries(self, body: dict[str, Any], what: str) -> "_Answer":
+        """Return the answer to one request.
+
+        Raises:
+            BackendError: there is none, or not one that is understood.
+        """
         aiohttp = self._aiohttp
         for attempt in range(self.options.max_retries + 1):
             try:
@@ -243,6 +243,15 @@ class OpenAIBackend:
                 failure, wait_s = f"no sign of life for {self.options.timeout_s:g} s", 0.0
             except (aiohttp.ClientError, OSError) as error:
                 failure, wait_s = f"{type(error).__name__}: {error}", 0.0
+            except BackendError:
+                raise
+            except Exception as error:
+                # A server that answers in another shape; unseen, the runner would wait for ever.
+                reason = f"{type(error).__name__}: {error}"
+                raise BackendError(
+                    f"no OpenAI-like answer from {self.options.url} ({reason}); see --server and "
+                    "--api"
+                ) from error
             if attempt < self.options.max_retries:
                 self.num_retries += 1
                 backoff = min(self.options.backoff_s * 2**attempt, self.options.max_backoff_s)
@@ -341,6 +350,8 @@ class _Answer:
             return text, bool(text)
         delta = choice.get("delta") or {}
         text = delta.get("content") or ""
+        if not isinstance(text, str):
+            raise TypeError(f"content is a {type(text).__name__}, need text")
         # A reasoning parser of the server puts the thinking elsewhere; it takes time all the same.
         return text, bool(text or delta.get("reasoning_content") or delta.get("reasoning"))
 

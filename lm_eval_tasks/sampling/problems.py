@@ -14,6 +14,7 @@ from typing import Any
 
 from lm_eval_tasks import task_path
 from lm_eval_tasks.errors import stop
+from lm_eval_tasks.option_words import SAMPLE, OptionWords
 from lm_eval_tasks.samples import ProblemRecord
 
 _SUFFIX = "_passk"
@@ -66,6 +67,7 @@ def load_problems(
     limit: int | None = None,
     chat_template: str = "auto",
     messages: bool = False,
+    words: OptionWords = SAMPLE,
 ) -> TaskProblems:
     """Load a task's problems with their prompts.
 
@@ -78,20 +80,14 @@ def load_problems(
         limit: use only the first problems.
         chat_template: "auto" applies the checkpoint's template where it has one, "off" never.
         messages: give the chat messages as JSON instead of a prompt; a server renders them.
+        words: what messages to the user call the options.
 
     Raises:
         InputError: unknown task, unreadable data, a row without question or gold answer, two
             problems of one name.
     """
-    definition, kind = _load_definition(task)
-    metadata: dict[str, Any] = dict(model_args) | {
-        "num_samples": 1,
-        "chat_template": "off" if messages else chat_template,
-    }
-    if data_file is not None:
-        metadata["data_file"] = data_file
-    name = definition["task"]
-    built = kind(config={"task": name, "metadata": definition["metadata"] | metadata})
+    template = "off" if messages else chat_template
+    built = _build(task, dict(model_args) | {"chat_template": template}, data_file, words)
     rows = list(built.eval_docs)
     if limit is not None and limit > len(rows):
         stop(f"--limit {limit}: {task} has {len(rows)} problems")
@@ -118,6 +114,24 @@ def load_problems(
             "max_tokens": int(sampling["max_gen_toks"]),
         },
     )
+
+
+def count_problems(task: str, data_file: str | None = None, words: OptionWords = SAMPLE) -> int:
+    """Return how many problems a task has, without a model; arguments as of `load_problems`.
+
+    Raises:
+        InputError: unknown task, unreadable data.
+    """
+    return len(_build(task, {}, data_file, words).eval_docs)
+
+
+def _build(task: str, given: Mapping[str, Any], data_file: str | None, words: OptionWords) -> Any:
+    """Return the lm-eval task object."""
+    definition, kind = _load_definition(task)
+    metadata: dict[str, Any] = dict(definition["metadata"]) | dict(given) | {"num_samples": 1}
+    if data_file is not None:
+        metadata["data_file"] = data_file
+    return kind({"task": definition["task"], "metadata": metadata}, words)
 
 
 def encode_prompts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

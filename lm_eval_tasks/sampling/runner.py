@@ -204,7 +204,7 @@ class _Session:
                 waves.wait()
                 self._show_open()
                 continue
-            is_full, started = self.in_flight >= self.backend.max_in_flight, time.monotonic()
+            is_full, started = self.in_flight >= self.backend.num_places, time.monotonic()
             self._collect()
             if not is_full:
                 waves.counts["unfilled_s"] += time.monotonic() - started

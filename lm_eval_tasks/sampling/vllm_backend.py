@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from lm_eval_tasks.errors import InputError, stop
+from lm_eval_tasks.errors import InputError, stop, why_not_loaded
 from lm_eval_tasks.sampling.backend import BackendError, Drawn, DrawRequest, SamplingSettings
 from lm_eval_tasks.sampling.problems import Problem, encode_prompts
 
@@ -109,6 +109,7 @@ class VllmBackend:
         scheduler = engine.vllm_config.scheduler_config
         self.max_num_seqs: int = scheduler.max_num_seqs
         self.max_in_flight = 2 * self.max_num_seqs if max_in_flight is None else max_in_flight
+        self.num_places = min(self.max_num_seqs, self.max_in_flight)
         self._prompts: dict[str, Any] = {}
         self._params: dict[str, Any] = {}
         self._until: list[str] = []
@@ -317,7 +318,9 @@ def start_vllm(
         )
     except InputError:
         raise
-    except (OSError, TypeError, ValueError, RuntimeError) as error:  # also for too little memory
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # too little memory, damaged weights, ...: of any class
+        is_plain = isinstance(error, OSError | TypeError | ValueError | RuntimeError)
+        reason = " ".join(str(error).split())[:300] if is_plain else ""
+        reason = reason or why_not_loaded(error)
         stop(f"vLLM cannot start {model} ({reason}); see --model and --engine-args")
     return VllmBackend(engine, taps[0], max_in_flight)

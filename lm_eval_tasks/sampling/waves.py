@@ -68,7 +68,7 @@ class Waves:
         """Samples of these problems in the end if no open one is decided."""
         self.counts = {"grading_s": 0.0, "idle_s": 0.0, "unfilled_s": 0.0}
         """Seconds of judging; seconds in which nothing was under way because of it; seconds in
-        which a place in the batch was free and no sample released."""
+        which a place in the batch (of a server: in the queue) was free and no sample released."""
         self._problems = problems
         self._settings = settings
         self._rule = rule

@@ -118,6 +118,13 @@ SERVER = ["--server", "http://localhost:1/v1"]
         ([*SERVER, "--timeout", "0"], "--timeout 0.0: need more than 0"),
         (["--api", "completions"], "name it with --server URL"),
         (["--engine-args", "dtype"], "--engine-args dtype: need KEY=VALUE"),
+        # Which checkpoint is drawn is recorded from the options, and its template is applied.
+        (["--engine-args", "model=x"], "--engine-args model=...: not accepted; give --model"),
+        (["--engine-args", "tokenizer=x"], "tokenizer=...: not accepted; give --tokenizer"),
+        (["--engine-args", "dtype=auto", "revision=x"], "not accepted; give --revision"),
+        (["--engine-args", "tokenizer-revision=x"], "tokenizer_revision=...: not accepted; give"),
+        (["--engine-args", "trust_remote_code=true"], "not accepted; give --trust-remote-code"),
+        (["--engine-args", "disable_log_stats=true"], "disable_log_stats=...: not accepted; leave"),
         (["--engine-args", "dtype=a", "dtype=b"], "--engine-args dtype: given twice"),
         (
             ["--engine-args", "dtype=" + "[" * 100_000],
@@ -148,7 +155,10 @@ def test_tokenizer_that_cannot_be_loaded(
     command += ["--api", "completions", "--tokenizer", "some/tok", "--revision", "r1"]
     said = refused([*command, "--chat-template", "off"], capsys)
     assert said == "error: --tokenizer some/tok: cannot be loaded (some/tok is not a folder)"
-    assert "cannot load the tokenizer of some/tok" in refused(command, capsys)
+    said = refused(command, capsys)
+    assert "cannot load the tokenizer of some/tok" in said
+    assert "with --tokenizer, or sample the bare prompt with --chat-template off" in said
+    assert "--metadata" not in said
     assert asked == [("some/tok", "r1")] * 2
     assert not out.exists()
     assert main([*command, "--chat-template", "off", "--dry-run"]) == 0
@@ -172,6 +182,29 @@ def test_bad_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         file.write_text("".join(json.dumps(each) + "\n" for each in rows))
         assert message in refused(asked, capsys)
+
+
+def test_messages_name_options_that_exist(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The task classes are those of lm-eval, where the options have other names."""
+    from lm_eval.api.task import ConfigurableTask
+
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b"\xff\xfe")
+    asked = ["sample", "--model", "m", "--task", "gsm8k", *SERVER]
+    said = refused([*asked, "--data-file", str(file)], capsys)
+    assert f"error: --data-file {file}: cannot be read" in said
+
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(ConfigurableTask, "download", offline)
+    said = refused(asked, capsys)
+    assert "(no network); without a network, give the same rows with --data-file FILE" in said
+    models = ["--model", "a", "--model", "b"]
+    said = refused(["compare", *models, "--task", "gsm8k", "--limit", "4"], capsys)
+    assert "with --data-file FILE" in said
 
 
 def test_dry_run_shows_the_settings_and_leaves_no_trace(

@@ -1,6 +1,7 @@
 """The plan of a comparison and its resumption; the engines behind it have their own tests."""
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -130,9 +131,63 @@ def test_run_plan_resumes(tmp_path, monkeypatch, capsys):
 def test_run_plan_is_bound_to_its_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "_run", FakeCommands())
     run_plan(plan(tmp_path))
+    begin(tmp_path)
     with pytest.raises(InputError):
         run_plan(plan(tmp_path, rounds=4))
     assert "rounds is 2 there and 4 now" in capsys.readouterr().err
+
+
+def begin(folder):
+    """What the first sample of a step leaves, which binds the folder to its plan."""
+    store = folder / "runs" / "saturated" / "teacher" / "samples.jsonl"
+    store.parent.mkdir(parents=True)
+    store.write_text("{}\n")
+
+
+def test_plan_that_could_not_begin_binds_nothing(tmp_path, monkeypatch, capsys):
+    """A misspelt engine argument ends the first step; the corrected command is another plan."""
+    monkeypatch.setattr(compare, "_run", FakeCommands(fail_at=1))
+    with pytest.raises(InputError, match="step 1 of 5 failed"):
+        run_plan(plan(tmp_path, engine_args={"dtpye": "float32"}))
+    monkeypatch.setattr(compare, "_run", FakeCommands())
+    chosen = plan(tmp_path)
+    run_plan(chosen)
+    assert compare.read_plan(tmp_path) is None
+    begin(tmp_path)
+    assert compare.read_plan(tmp_path) == json.loads(json.dumps(chosen.as_dict()))
+    capsys.readouterr()
+    with pytest.raises(InputError):
+        run_plan(plan(tmp_path, engine_args={"dtype": "bfloat16"}))
+    assert "holds another comparison: engine_args is" in capsys.readouterr().err
+
+
+def test_limits_above_the_problems(tmp_path, capsys):
+    """Said with the number that was given, not with a round's share of it."""
+    command = ["compare", "--model", "x/a", "--model", "x/b", "--task", "arith"]
+    command += ["--out", str(tmp_path / "out"), "--regime", "latency"]
+    for given in (["--limit", "1000"], ["--limit", "4", "--latency-limit", "1000"]):
+        assert main([*command, *given]) == 2
+        error = capsys.readouterr().err
+        assert f"{given[-2]} 1000: arith has 300 problems; give 300 or fewer" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_revision_of_a_model(tmp_path, capsys):
+    """The prompts are made by what is drawn, so it is no argument of the engine alone."""
+    models = [parse_model("org/x,revision=abc,trust_remote_code=true,dtype=float32")]
+    models += [parse_model("org/y")]
+    chosen = plan(tmp_path, models=models)
+    first, second = (parsed(step, sample_command) for step in chosen.steps()[:2])
+    assert (first.model, first.revision, first.trust_remote_code) == ("org/x", "abc", True)
+    assert (second.model, second.revision, second.trust_remote_code) == ("org/y", None, False)
+    assert not any("revision" in pair for pair in first.engine_args)
+    # A comparison of an earlier version, whose plan has neither, goes on.
+    assert models[1].as_dict() == {
+        "path": "org/y",
+        "name": "y",
+        "engine_args": {},
+        "tokenizer": None,
+    }
 
 
 def test_run_plan_passes_an_interruption_on(tmp_path, monkeypatch):
@@ -215,6 +270,7 @@ def test_compare_command_keeps_the_rounds_of_its_folder(tmp_path, monkeypatch, c
     command = ["compare", "--model", "x/a", "--model", "x/b", "--task", "arith", "--limit", "4"]
     command += ["--out", str(tmp_path), "--dry-run"]
     (tmp_path / "compare.json").write_text('{"rounds": 2}')
+    begin(tmp_path)
     assert main(command) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2 * 2 + 1
     assert main([*command, "--rounds", "1"]) == 0
@@ -268,6 +324,19 @@ def test_compare_command_accepts_equal_memory(tmp_path, capsys):
         ),
         (["--model", "a", "--model", "b", "--engine-args", "dtype"], "--engine-args dtype"),
         (
+            ["--model", "a", "--model", "b", "--engine-args", "revision=abc"],
+            "--engine-args revision=...: not accepted; give --model PATH,revision=VALUE",
+        ),
+        (
+            ["--model", "a", "--model", "b,disable-log-stats=true"],
+            "--model b: disable-log-stats=...: not accepted; leave it out",
+        ),
+        (["--model", "a", "--model", "b,model=c"], "--model b: model=...: not accepted; give"),
+        (
+            ["--model", "a", "--model", "b,trust_remote_code=maybe"],
+            "trust_remote_code=maybe is neither true nor false",
+        ),
+        (
             [*("--model", "a", "--model", "b", "--reward-model", "x/prm-tiny"), "--reward", "prm"],
             "--reward prm: no --reward-model has this name (there: prm-tiny), and ",
         ),
@@ -309,11 +378,14 @@ def test_timed_draws_have_no_seeds_unless_asked_for(tmp_path, monkeypatch, capsy
     assert all(" --seed 7" in line for line in lines("--seed", "7"))
     monkeypatch.setattr(compare, "_run", FakeCommands())
     run_plan(plan(out, sampling=[]))
+    begin(out)
     assert not any("--seed" in line for line in lines())
     assert not any("--seed" in line for line in lines("--seed", "1234")), "which it has"
     run_plan(plan(tmp_path / "new", sampling=["--seed", "-1"]))
+    begin(tmp_path / "new")
     command[command.index(str(out))] = str(tmp_path / "new")
     assert all(" --seed -1" in line for line in lines())
     run_plan(plan(tmp_path / "seven", sampling=["--seed", "7"]))
+    begin(tmp_path / "seven")
     command[command.index(str(tmp_path / "new"))] = str(tmp_path / "seven")
     assert all(" --seed 7" in line for line in lines())

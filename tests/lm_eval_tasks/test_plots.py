@@ -201,8 +201,10 @@ def test_plot_command_draws_a_report_again(tmp_path, capsys, drawn):
 
     capsys.readouterr()
     (tmp_path / "old.json").write_text(json.dumps({"format": 0}))
+    (tmp_path / "short.json").write_text(json.dumps({"format": 1, "groups": [], "notes": []}))
     for arguments, message in (
         ([str(tmp_path / "old.json")], "format 0, this version reads 1"),
+        ([str(tmp_path / "short.json")], "fields missing or of a wrong type: settings, created"),
         ([str(report / "results.json"), str(run)], "either one results.json or run folders"),
     ):
         assert main(["plot", *arguments]) == 2

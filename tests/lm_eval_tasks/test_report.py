@@ -39,7 +39,7 @@ def runs(tmp_path_factory):
             "tokens_per_s": 32.0 * batch,
             "decode_tokens_per_s": 40.0 * batch,
             "num_preemptions": 0,
-            "config_hash": "x",
+            "config_hash": SampleStore(folder / "teacher").config()["config_hash"],
             "started": "2026-01-01T00:00:00+00:00",
         }
         for number in range(3)

@@ -133,6 +133,22 @@ def test_speeds_of_earlier_versions_had_seeds(backend, tmp_path):
     assert [row["seeded"] for row in read_throughput(tmp_path)] == [True, True]
 
 
+def test_speeds_of_other_settings_are_left_out(backend, tmp_path, capsys):
+    """They stay where samples are deleted to draw others in the same folder."""
+    config = tmp_path / "config.json"
+    config.write_text('{"config_hash": "old"}')
+    measure(backend, tmp_path, **options(config_hash="old", num_tokens=20))
+    assert missing_batch_sizes(tmp_path, [1, 4], 0, (5, 20)) == []
+    config.write_text('{"config_hash": "new"}')
+    capsys.readouterr()
+    assert missing_batch_sizes(tmp_path, [1, 4], 0, (5, 10)) == [1, 4], "of any length"
+    assert "2 of 2 speeds are of other settings than config.json" in capsys.readouterr().err
+    measure(backend, tmp_path, **options(config_hash="new"))
+    assert missing_batch_sizes(tmp_path, [1, 4], 0, (5, 10)) == []
+    rows = read_throughput(tmp_path)
+    assert [(row["batch_size"], row["num_tokens"]) for row in rows] == [(1, 10), (4, 10)]
+
+
 @pytest.mark.parametrize("name", ["reset_prefix_cache", "add_request", "step"])
 def test_engine_that_breaks_down(backend, tmp_path, capsys, monkeypatch, name):
     def fail(*_):

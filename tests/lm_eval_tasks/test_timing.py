@@ -7,6 +7,7 @@ from synthetic_runs import make_run
 
 from lm_eval_tasks.analysis import Settings, load_run
 from lm_eval_tasks.cli import main
+from lm_eval_tasks.samples import SampleStore
 from lm_eval_tasks.timing import caches_of, slowness, timing_spread
 
 FAST = ["--draws", "100", "--orders", "8"]
@@ -107,10 +108,13 @@ def test_report_of_one_round_says_so(tmp_path):
         "tokens_per_s": 128.0,
         "decode_tokens_per_s": 160.0,
         "num_preemptions": 0,
-        "config_hash": "x",
+        "config_hash": "",
         "started": "2026-01-01T00:00:00+00:00",
     }
+    hashes = {name: SampleStore(tmp_path / name).config()["config_hash"] for name in "ab"}
+    row["config_hash"] = hashes["a"]
     (tmp_path / "a" / "throughput.jsonl").write_text(json.dumps(row) + "\n")
+    row["config_hash"] = hashes["b"]
     rows = [row | {"round": i, "tokens_per_s": 100.0 + i} for i in range(3)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "b" / "throughput.jsonl").write_text(lines)

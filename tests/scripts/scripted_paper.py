@@ -22,7 +22,7 @@ from scripts import paper
 class ScriptedEngine:
     """Samples follow from their seeds; the stronger a model, the more of them are right."""
 
-    max_in_flight = max_num_seqs = 8
+    max_in_flight = num_places = max_num_seqs = 8
 
     def __init__(self, model: str, delay_s: float) -> None:
         self.skill = {"llama-tiny": 0.8, "llamba-tiny": 0.4, "mambainllama-tiny": 0.6}[model]

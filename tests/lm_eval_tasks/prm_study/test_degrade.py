@@ -38,6 +38,24 @@ def test_samples_without_a_score_stay_without(seed: int, family: str) -> None:
         assert all(0 <= score <= 1 for score in found if score is not None)
 
 
+@pytest.mark.parametrize("ends", [[], [0.0, 1.0]])
+def test_noise_keeps_small_scores_apart(ends: list[float]) -> None:
+    """The product of many steps is small; of two such solutions the better one stays the better."""
+    scores = sorted([0.17**12, 0.34**12, 1e-300, 3e-7, 0.5, 1 - 3e-7, 1 - 1e-9, *ends])
+    spread = log_odds_spread([scores])
+    for level, tolerance in ((0.0, 1e-12), (1e-5, 0.1)):
+        found = degrade(
+            "noise", level, scores, [True] * len(scores), spread, np.random.default_rng(0)
+        )
+        assert found == sorted(found)
+        assert len(set(found)) == len(found)
+        inner = [(a, b) for a, b in zip(scores, found, strict=True) if 0 < a < 1]
+        for before, after in inner:
+            assert after == pytest.approx(before, rel=tolerance)
+    assert min(found) >= 0
+    assert max(found) <= 1
+
+
 def test_flip_mirrors_ranks() -> None:
     found = worse("flip", 1.0)
     assert found[0] == 0.05

@@ -1,13 +1,18 @@
 """The transformers backend against the published loops."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from oracles import ORACLES
 from tiny_rewards import QUESTION, SOLUTIONS
 
+from lm_eval_tasks.errors import InputError
 from lm_eval_tasks.rewards.reward import Reward, get_reward
 
+PRM = Path(__file__).resolve().parents[3] / "thinkfast" / "prm-tiny"
 TOLERANCE = 2e-5
 """Largest allowed difference of a float32 probability."""
 
@@ -37,3 +42,44 @@ def test_scores_are_the_published_ones(name: str, reward_folders: dict[str, Path
     found = reward.score_batch([(QUESTION, steps) for steps in solutions])
     for one, other in zip(found, expected, strict=True):
         assert_scores(one, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "share", "text", "message"),
+    [
+        ("model.safetensors", 0.0, "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("model.safetensors", 0.5, "", "is one of its files damaged"),
+        ("tokenizer.json", 0.0, "{}", "cannot load the tokenizer of the reward model"),
+        ("tokenizer.json", 0.5, "", "cannot load the tokenizer of the reward model"),
+        ("config.json", 0.5, "", "cannot load the"),
+    ],
+)
+def test_damaged_files(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    share: float,
+    text: str,
+    message: str,
+) -> None:
+    folder = tmp_path / "prm-tiny"
+    shutil.copytree(PRM, folder)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: int(len(content) * share)] + text.encode())
+    with pytest.raises(InputError):
+        get_reward(str(folder))
+    (error,) = [e for e in capsys.readouterr().err.splitlines() if e.startswith("error: ")]
+    assert message in error
+    assert str(folder) in error
+
+
+def test_device_without_enough_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "to", refuse)
+    with pytest.raises(InputError):
+        get_reward(str(PRM))
+    assert f"cannot load the reward model {PRM}: CUDA out of memory" in capsys.readouterr().err

@@ -16,6 +16,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 TOLERANCE = 2e-4
 """Largest allowed difference of a float32 probability between vLLM and transformers."""
 
+PRM = Path(__file__).resolve().parents[3] / "thinkfast" / "prm-tiny"
 ENGINE = (
     ",backend=vllm,dtype=float32,max_tokens=600,engine.enforce_eager=true,engine.max_num_seqs=8,"
     "engine.kv_cache_memory_bytes=67108864"
@@ -64,3 +65,37 @@ def test_value_heads_are_refused(
     error = capsys.readouterr().err
     assert "vLLM has no class" in error
     assert "backend=hf" in error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "prm-tiny: MemoryError; is one of its files damaged, or a Git LFS pointer"),
+        (RuntimeError("too little\nmemory"), "prm-tiny: too little\n"),
+    ],
+)
+def test_engine_runs_in_this_process(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    message: str,
+) -> None:
+    """One of its own goes on for ever after a kill -9 of this process."""
+    import vllm
+
+    found = []
+
+    def start(**_: object) -> None:
+        found.append(os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING"))
+        raise error
+
+    monkeypatch.setattr(vllm, "LLM", start)
+    for given in (None, "1"):
+        if given is None:
+            monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+        else:
+            monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", given)
+        with pytest.raises(InputError):
+            get_reward(f"{PRM},backend=vllm")
+        assert message in capsys.readouterr().err
+    assert found == ["0", "1"], "unless it is asked for"

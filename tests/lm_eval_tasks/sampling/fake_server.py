@@ -102,7 +102,7 @@ def events(body: dict[str, Any], path: str, how: str) -> list[str]:
     """The data of a stream's events."""
     is_chat = path.endswith("/chat/completions")
 
-    def choice(text: str, finish_reason: str | None = None) -> str:
+    def choice(text: Any, finish_reason: str | None = None) -> str:
         said = {"delta": {"content": text}} if is_chat else {"text": text}
         return json.dumps({"choices": [{"index": 0, "finish_reason": finish_reason} | said]})
 
@@ -125,5 +125,8 @@ def events(body: dict[str, Any], path: str, how: str) -> list[str]:
         "no usage": [*pieces, end[0], end[2]],
         "html": ["<html>", "</html>"],
         "no choices": ["{}", "[DONE]"],
+        "empty list": ["[]", *pieces, *end],
+        "null usage": [*pieces, end[0], json.dumps({"usage": {"completion_tokens": None}})],
+        "content list": [choice([{"type": "thinking", "thinking": "x"}]), *end],
         "odd usage": [*pieces, end[0], json.dumps({"usage": {"tokens": 3}}), end[2]],
     }.get(how, [*pieces, *end])

@@ -29,6 +29,7 @@ class ScriptedBackend:
         self, max_in_flight: int = 4, delay_s: float = 0.0, fail_after: int | None = None
     ) -> None:
         self.max_in_flight = max_in_flight
+        self.num_places = max_in_flight
         self.delay_s = delay_s
         self.fail_after = fail_after
         self.submitted: list[tuple[str, int]] = []

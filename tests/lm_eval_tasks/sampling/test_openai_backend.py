@@ -304,6 +304,39 @@ def test_variables_of_the_chat_template_are_sent(tmp_path: Path) -> None:
     assert config["prompt"]["chat_template_args"]["date_string"] == "2024-07-26"
 
 
+@pytest.mark.parametrize(
+    ("trouble", "reason"),
+    [
+        ("empty list", "AttributeError: "),
+        ("null usage", "TypeError: "),
+        ("content list", "TypeError: content is a list, need text"),
+    ],
+)
+@pytest.mark.parametrize("first", [0, 6])
+def test_odd_answers_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], trouble: str, reason: str, first: int
+) -> None:
+    """In the warm-up, which has few requests, and while drawing."""
+    with FakeServer(lambda number, _: trouble if number >= first else None) as server:
+        assert main(command(server, tmp_path, "--max-retries", "0")) == 2
+        errors = [e for e in capsys.readouterr().err.splitlines() if e.startswith("error: ")]
+    assert len(errors) == 1
+    assert f"error: no OpenAI-like answer from {server.url} ({reason}" in errors[0]
+    assert ("nothing was drawn" in errors[0]) == (first == 0)
+
+
+def test_key_that_no_header_can_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_KEY", "secret\n")
+    with FakeServer() as server:
+        assert main(command(server, tmp_path / "run", "--api-key-env", "SOME_KEY")) == 2
+    error = capsys.readouterr().err
+    assert "--api-key-env SOME_KEY: its value has a line break" in error
+    assert "secret" not in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_command_reports_facts_as_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from tiny_checkpoint import build_checkpoint
 
 from lm_eval_tasks.cli import main
 from lm_eval_tasks.commands import sample as sample_command
+from lm_eval_tasks.errors import InputError
 from lm_eval_tasks.samples import SEED_FIELDS, SampleStore, run_key, sample_seed
 from lm_eval_tasks.sampling import vllm_backend
 from lm_eval_tasks.sampling.vllm_backend import EngineTap, VllmBackend
@@ -441,6 +442,18 @@ def test_engine_that_does_not_start(
 
     monkeypatch.setattr(LLMEngine, "from_engine_args", fail)
     with pytest.raises(ValueError, match=r"vLLM cannot start .* \(out of memory\)"):
+        vllm_backend.start_vllm(checkpoint, {})
+
+
+def test_weights_that_are_damaged(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Git LFS pointer read as a safetensors file asks for exabytes."""
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(LLMEngine, "from_engine_args", fail)
+    with pytest.raises(InputError, match=r"vLLM cannot start .* \(MemoryError; is one of its"):
         vllm_backend.start_vllm(checkpoint, {})
 
 

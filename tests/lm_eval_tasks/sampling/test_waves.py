@@ -22,6 +22,7 @@ from scripted_stops import AnsweringBackend, answer_of, draw_stopping
 from lm_eval_tasks import jsonl
 from lm_eval_tasks.jury import VoteJury
 from lm_eval_tasks.samples import HASHED_FIELDS, SampleStore, config_hash, sample_seed
+from lm_eval_tasks.sampling.backend import Drawn
 from lm_eval_tasks.sampling.progress import Progress
 from lm_eval_tasks.sampling.waves import Waves
 from lm_eval_tasks.stopping import StopRule
@@ -304,6 +305,31 @@ def test_session_says_what_borders_cost(tmp_path: Path) -> None:
     assert facts["grading_s"] >= 0.02 * looks
     assert facts["idle_s"] >= 0.01 * looks
     assert 0 <= facts["unfilled_s"] <= facts["wall_s"]
+
+
+class QueueingBackend(AnsweringBackend):
+    """As vLLM: a batch, and a queue that is as long again, so that a place is filled at once."""
+
+    free_s = 0.0
+
+    def __init__(self, num_places: int, **options: Any) -> None:
+        super().__init__(2 * num_places, **options)
+        self.num_places = num_places
+
+    def wait(self) -> list[Drawn]:
+        is_free, started = len(self.waiting) < self.num_places, time.monotonic()
+        found = super().wait()
+        if is_free:
+            self.free_s += time.monotonic() - started
+        return found
+
+
+def test_a_short_queue_is_no_free_place(tmp_path: Path) -> None:
+    """Three problems with 4 samples in a wave never fill the queue, but at times the batch."""
+    backend = QueueingBackend(10, delay_s=0.005)
+    facts = draw_stopping(tmp_path, backend, num_problems=3, num_samples=64, error=0.0)
+    assert 0 < backend.free_s < 0.95 * facts["wall_s"]
+    assert facts["unfilled_s"] == pytest.approx(backend.free_s, rel=0.1)
 
 
 # -- settings -------------------------------------------------------------------------------------
