@@ -111,17 +111,17 @@ def test_report_facts_are_those_of_the_store(runs, report):
     assert described["throughput"][1]["seconds"] == {"median": 2.0, "low": 1.0, "high": 3.0}
 
 
-def test_rates_are_means_over_problems_as_those_of_score(tmp_path):
-    """Problems with different numbers of samples: each problem counts the same."""
+def test_rates_are_those_of_score(tmp_path):
+    """Of an unfinished run too: the third sample of one problem has no counterpart."""
     golds = {"a": "7", "b": "7"}
     run = write_run(
-        tmp_path / "run", golds, {"a": ["?"], "b": ["7", SampledText("7", 70, "length"), "7"]}
+        tmp_path / "run", golds, {"a": ["?", "7"], "b": ["7", SampledText("7", 70, "length"), "?"]}
     )
     score_run(run)
     facts, scores = load_run(run, Settings()).facts, evaluate_run(run)
-    assert facts["no_answer"] == scores.no_answer == 0.5
-    assert facts["truncated"] == scores.truncated == pytest.approx(1 / 6)
-    assert facts["tokens_per_sample"] == scores.gen_tokens == (10 + 30) / 2
+    assert facts["no_answer"] == scores.no_answer == 1 / 4
+    assert facts["truncated"] == scores.truncated == 1 / 4
+    assert facts["tokens_per_sample"] == scores.gen_tokens == (10 + 10 + 10 + 70) / 4
 
 
 def test_report_of_latency_counts_how_each_problem_drains(runs):
