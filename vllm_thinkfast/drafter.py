@@ -19,6 +19,7 @@ but the tokens it has seen, so it is recognised by them.
 import copy
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,17 +95,21 @@ class RecurrentDrafter:
         self._device = self._draft.device_config.device
         layers = self._draft.compilation_config.static_forward_context
         self._mixers: list[RecurrentMixer] = list(layers.values())
-        for mixer in self._mixers:
-            states = zip(mixer.get_state_shape(), mixer.get_state_dtype(), strict=True)
+        states = [
+            list(zip(mixer.get_state_shape(), mixer.get_state_dtype(), strict=True))
+            for mixer in self._mixers
+        ]
+        size = sum(math.prod(shape) * dtype.itemsize for layer in states for shape, dtype in layer)
+        # Before the memory is taken, which may fail.
+        logger.info(
+            "Draft model %s: %.2f GiB of states beside vLLM's cache, for --max-num-seqs %d.",
+            self._draft.model_config.model, self._num_slots * size / 2**30, self._max_rows,
+        )  # fmt: skip
+        for mixer, layer in zip(self._mixers, states, strict=True):
             mixer.kv_cache = tuple(
                 torch.zeros(self._num_slots, *shape, dtype=dtype, device=self._device)
-                for shape, dtype in states
+                for shape, dtype in layer
             )
-        size = sum(state.nbytes for mixer in self._mixers for state in mixer.kv_cache)
-        logger.info(
-            "Draft model %s: %.2f GiB of states beside vLLM's cache, for %d sequences.",
-            self._draft.model_config.model, size / 2**30, self._max_rows,
-        )  # fmt: skip
 
     def propose(
         self,
@@ -311,9 +316,18 @@ def _draft_config(target: VllmConfig) -> VllmConfig:
             "must be the same."
         )
     load_config = copy.copy(target.load_config)
-    if load_config.load_format != "dummy":
+    if load_config.load_format not in ("auto", "dummy"):
         load_config.load_format = "auto"
+        load_config.model_loader_extra_config = {}
     draft = copy.copy(target)
+    # A draft's step is not one that data-parallel ranks of a target with experts wait for.
+    draft.parallel_config = copy.copy(target.parallel_config)
+    draft.parallel_config.is_moe_model = False
+    # Options for the kernels of vLLM's own Mamba-2, which the target may be.
+    draft.cache_config = copy.copy(target.cache_config)
+    draft.cache_config.use_replayssm = False
+    draft.mamba_config = copy.copy(target.mamba_config)
+    draft.mamba_config.enable_stochastic_rounding = False
     draft.model_config = model
     draft.load_config = load_config
     draft.quant_config = VllmConfig.get_quantization_config(model, load_config)

@@ -87,14 +87,31 @@ def test_hybrid_target(folder: Path, engines: EnginePool, tmp_path: Path) -> Non
 
 @needs_drafts
 @pytest.mark.parametrize("model", ["llamba"])
-def test_own_drafts_are_accepted(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        {},
+        {
+            "preempted_at": [25, 40, 60],
+            "max_num_batched_tokens": 10,
+            "enable_chunked_prefill": True,
+        },
+    ],
+    ids=["moving", "preempted"],
+)
+def test_own_drafts_are_accepted(folder: Path, trouble: dict[str, Any]) -> None:
     """With itself as draft model every draft is right, if each row has its own state.
 
     Requests come and go, so that rows of the batch move.
     """
     prompts = [LONG[0], [5], LONG[1][:7], [3, 3, 4], LONG[3], [8], LONG[0]]
     found = run_drafts(
-        folder, prompts, NUM_TOKENS, arrivals=[0, 0, 4, 6, 9, 17, 19], **drafting_with(folder)
+        folder,
+        prompts,
+        NUM_TOKENS,
+        arrivals=[0, 0, 4, 6, 9, 17, 19],
+        **trouble,
+        **drafting_with(folder),
     )
     assert found.num_drafted > len(prompts) * NUM_TOKENS / 2
     assert found.num_accepted == found.num_drafted
