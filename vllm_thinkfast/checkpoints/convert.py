@@ -3,7 +3,7 @@
 The result holds everything in one ``config.json`` (architecture of this plugin), safetensors under
 the house's names, and the tokenizer and generation files as they were. Serving it needs neither
 mamba_config.json nor any detection. It is written beside the destination and renamed at the end, so
-a killed run leaves nothing that looks finished.
+a killed run leaves nothing that looks finished. What it replaces is renamed aside and deleted last.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from vllm_thinkfast.checkpoints.folder import read_folder, read_json, weight_fil
 from vllm_thinkfast.checkpoints.key_map import CheckpointError
 from vllm_thinkfast.checkpoints.reader import house_tensors
 from vllm_thinkfast.configs import LlambaConfig
+from vllm_thinkfast.configs.fields import printable
 
 RECORD = "thinkfast_convert.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -31,6 +33,20 @@ MAX_SHARD_BYTES = 5 * 10**9
 _ARCHITECTURES = {True: "LlambaForCausalLM", False: "MambaInLlamaForCausalLM"}
 _LEFT_BEHIND_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 _LEFT_BEHIND = ("config.json", MAMBA_CONFIG, RECORD)
+_TOKENIZER_FILES = (
+    "tokenizer*",  # .json, .model, .model.v3, _config.json
+    "tokenization_*.py",
+    "chat_template*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece*.model",
+)
+"""What --tokenizer replaces as a whole: files of two tokenizers make neither of them."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +76,8 @@ def convert_checkpoint(
         src: a Llamba, MambaInLlama or M1 folder, or an already converted one.
         dst: where to write; created. Converting the same source again changes nothing.
         tokenizer: folder or hub name to take the tokenizer from. Published Llamba folders have
-            none; without it the result has what the source has.
+            none; without it the result has what the source has, with it none of the source's
+            tokenizer files.
         overwrite: replace a destination that holds something else.
         max_shard_bytes: a weight file is closed when the next tensor would exceed this.
 
@@ -69,7 +86,8 @@ def convert_checkpoint(
 
     Raises:
         CheckpointError: the source is not of a known format, or its weights do not match its
-            configuration, or the destination is in the way. The destination is unchanged then.
+            configuration, or the destination is in the way, or the tokenizer cannot be loaded. The
+            destination is unchanged then.
     """
     src, dst = src.resolve(), dst.resolve()
     config = read_config(src)
@@ -79,9 +97,12 @@ def convert_checkpoint(
             f"{src}: no weights; expected *.safetensors or pytorch_model.bin beside config.json."
         )
     _check_destination(src, dst)
+    partial = dst.with_name(f".{dst.name}.partial")
+    replaced = dst.with_name(f".{dst.name}.replaced")
+    _finish_killed_run(dst, partial, replaced)
     layout = config.weight_layout
     fingerprint = _fingerprint(src, files, tokenizer)
-    if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
+    if not _is_absent_or_empty(dst):
         record = _record_of(dst)
         is_done = record.get("source_fingerprint") == fingerprint and _is_complete(dst, record)
         if is_done and not overwrite:
@@ -98,33 +119,31 @@ def convert_checkpoint(
                 f"{dst}: holds files but no config.json; --overwrite replaces model folders only. "
                 "Empty it, or choose another folder."
             )
-    partial = dst.with_name(f".{dst.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
+        if tokenizer is not None:  # before the weights, which can take long
+            _save_tokenizer(tokenizer, partial)
         tensors = house_tensors(config, read_folder(src), source=str(src))
         num_tensors, num_bytes, dtype = _write_shards(tensors, partial, max_shard_bytes)
         config.weight_layout = "thinkfast"
         config.architectures = [_ARCHITECTURES[isinstance(config, LlambaConfig)]]
         config.dtype = dtype
         config.save_pretrained(partial)
-        _copy_other_files(src, partial)
-        if tokenizer is not None:
-            _save_tokenizer(tokenizer, partial)
+        _copy_other_files(src, partial, () if tokenizer is None else _TOKENIZER_FILES)
         record = {
             "source_fingerprint": fingerprint,
             "source_layout": layout,
             "num_tensors": num_tensors,
             "num_bytes": num_bytes,
+            "files": _files_below(partial),
             "vllm_thinkfast": __version__,
         }
         for file in partial.glob("*.safetensors"):
             # safetensors 0.8 makes files that only their owner can read.
             shutil.copymode(partial / "config.json", file)
         (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        if dst.exists():
-            shutil.rmtree(dst)
-        os.replace(partial, dst)
+        _put_in_place(partial, dst, replaced)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -145,11 +164,58 @@ def _check_destination(src: Path, dst: Path) -> None:
             break
 
 
+def _is_absent_or_empty(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def _finish_killed_run(dst: Path, partial: Path, replaced: Path) -> None:
+    """Cleans up after a run that was killed while it replaced ``dst``."""
+    if not replaced.exists():
+        return
+    if _is_absent_or_empty(dst):  # between the two renames
+        os.replace(replaced, dst)
+    else:
+        _delete_replaced(replaced, partial)
+
+
+def _put_in_place(partial: Path, dst: Path, replaced: Path) -> None:
+    """Renames ``partial`` to ``dst``; at every moment one complete folder is left."""
+    if not dst.exists():
+        os.replace(partial, dst)
+        return
+    try:
+        os.replace(dst, replaced)
+        os.replace(partial, dst)
+    except BaseException:
+        # Asks the disk: Ctrl-C may have come after either rename.
+        if replaced.exists() and not dst.exists():
+            os.replace(replaced, dst)
+        raise
+    _delete_replaced(replaced, partial)
+
+
+def _delete_replaced(replaced: Path, partial: Path) -> None:
+    # Under the name of rubbish: ``_finish_killed_run`` may bring back what has the other name, so
+    # that is only ever a complete folder.
+    shutil.rmtree(partial, ignore_errors=True)
+    os.replace(replaced, partial)
+    shutil.rmtree(partial)
+
+
+def _files_below(folder: Path) -> list[str]:
+    return sorted(
+        file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()
+    )
+
+
 def _is_complete(dst: Path, record: dict[str, Any]) -> bool:
-    """Whether a converted folder still has what its record counts."""
+    """Whether a converted folder still has what its record counts and lists."""
     if not all(isinstance(record.get(name), int) for name in ("num_tensors", "num_bytes")):
         return False
-    if not (dst / "config.json").is_file():
+    names = record.get("files", [])  # older records have none
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return False
+    if not all((dst / name).is_file() for name in ("config.json", *names)):
         return False
     try:
         files = weight_files(dst)
@@ -208,34 +274,61 @@ def _other_files(src: Path) -> Iterator[Path]:
             yield file
 
 
-def _copy_other_files(src: Path, dst: Path) -> None:
+def _copy_other_files(src: Path, dst: Path, replaced: tuple[str, ...]) -> None:
+    """Copies them but for names that fit a pattern in ``replaced``, or that ``dst`` has already."""
     for file in _other_files(src):
-        shutil.copy2(file, dst / file.name)
+        is_replaced = any(fnmatchcase(file.name, pattern) for pattern in replaced)
+        if not is_replaced and not (dst / file.name).exists():
+            shutil.copy2(file, dst / file.name)
 
 
 def _save_tokenizer(tokenizer: str, dst: Path) -> None:
     from transformers import AutoTokenizer
 
     try:
-        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(dst)
-    except (OSError, ValueError) as error:
-        first_line = str(error).splitlines()[0]
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+    except Exception as error:  # on damaged files transformers and tokenizers raise anything
+        lines = (line.strip(" :.") for line in str(error).splitlines())
+        reason = printable(next(filter(None, lines), "no reason given"))
+        if not isinstance(error, (OSError, ValueError)):  # KeyError: 'added_tokens'
+            reason = f"{type(error).__name__}: {reason}"
         raise CheckpointError(
-            f"--tokenizer {tokenizer}: cannot be loaded: {first_line}; give a folder with "
+            f"--tokenizer {tokenizer}: cannot be loaded: {reason}; give a folder with "
             "tokenizer files or a hub name you have access to."
         ) from error
+    loaded.save_pretrained(dst)
 
 
 def _fingerprint(src: Path, files: list[Path], tokenizer: str | None) -> str:
-    """Changes when the source changes: config contents, names, sizes and times of the rest."""
-    digest = hashlib.sha256(f"{tokenizer}\n".encode())
+    """Changes when source or tokenizer do: config contents, names, sizes and times of the rest."""
+    digest = hashlib.sha256()
+
+    def add_stat(file: Path) -> None:
+        stat = file.stat()
+        digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+
+    if tokenizer is None or not Path(tokenizer).exists():
+        digest.update(f"{tokenizer}\n".encode())
+    else:
+        local = Path(tokenizer).resolve()
+        digest.update(f"{local}\n".encode())
+        for file in _tokenizer_files(local):
+            add_stat(file)
     for name in ("config.json", MAMBA_CONFIG):
         if (src / name).is_file():
             digest.update((src / name).read_bytes())
     for file in (*files, *_other_files(src)):
-        stat = file.stat()
-        digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        add_stat(file)
     return digest.hexdigest()
+
+
+def _tokenizer_files(local: Path) -> list[Path]:
+    """What a local tokenizer may be read from; where config.json has the name of its class."""
+    if local.is_file():
+        return [local]
+    templates = sorted(local.glob("additional_chat_templates/*.jinja"))
+    config = local / "config.json"
+    return [*_other_files(local), *templates, *([config] if config.is_file() else [])]
 
 
 def _record_of(dst: Path) -> dict[str, Any]:
