@@ -1,12 +1,14 @@
 """``thinkfast convert``: complete, idempotent, and never half done."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.reference.random_checkpoints import write_checkpoint, write_tokenizer
 from vllm_thinkfast import cli
@@ -161,8 +163,6 @@ def test_overwrite_stopped_while_deleting(
             raise error
         rmtree(path, *more, **named)
 
-    save_file = convert.save_file
-
     def save(*arguments: Any, **named: Any) -> None:
         nonlocal is_written
         is_written = True
@@ -185,8 +185,8 @@ def test_overwrite_that_cannot_rename(
 ) -> None:
     """The old folder is where it was."""
     src, dst = replacing
-    stop = Stop(convert.os.replace, tmp_path / which, OSError(16, "Device or resource busy"))
-    monkeypatch.setattr(convert.os, "replace", stop)
+    stop = Stop(os.replace, tmp_path / which, OSError(16, "Device or resource busy"))
+    monkeypatch.setattr(os, "replace", stop)
     with pytest.raises(OSError, match="busy"):
         convert_checkpoint(src, dst, overwrite=True)
     assert model_type(dst) == "mambainllama"
