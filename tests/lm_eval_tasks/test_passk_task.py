@@ -266,7 +266,7 @@ def test_index_entry_is_completed_from_the_definition(
         config["metadata"].pop("config_source")
         configs.append(json.loads(json.dumps(config, default=repr)))
     assert configs[0] == configs[1]
-    assert configs[0]["metadata"]["version"] == 1.0
+    assert configs[0]["metadata"]["version"] == 1.1
 
 
 def test_hub_data_set_is_asked_for_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
