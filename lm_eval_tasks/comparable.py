@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_tasks.errors import stop
-from lm_eval_tasks.rewards.scores import read_scores
+from lm_eval_tasks.provenance import read_reward
+from lm_eval_tasks.rewards.scores import read_scores, reward_names
 from lm_eval_tasks.samples import SampleStore
 
 #: Of a reward's description: what does not tell its scores apart, or is their hash.
@@ -79,6 +80,25 @@ def check_rewards(rewards: Sequence[tuple[Path, Mapping[str, Any] | None]]) -> N
             f"one model under a new name: thinkfast-eval reward {first_folder} {folder} "
             "--reward SPEC,name=NEW"
         )
+
+
+def check_rewards_by_task(folders: Sequence[Path], reward: str) -> None:
+    """Refuse scores of different reward models under one name in runs of one task.
+
+    Args:
+        folders: run folders, of any tasks; those without such scores are left to their readers.
+        reward: name of the scores.
+
+    Raises:
+        InputError: see `check_rewards`.
+    """
+    of_task: dict[str, list[tuple[Path, Mapping[str, Any]]]] = {}
+    for folder in folders:
+        if reward in reward_names(folder):
+            task = SampleStore(folder).config()["task"]
+            of_task.setdefault(task, []).append((folder, read_reward(folder, reward)))
+    for found in of_task.values():
+        check_rewards(found)
 
 
 def check_scored(folder: Path, reward: str, scores: Sequence[float | None]) -> None:

@@ -53,6 +53,9 @@ def read_throughput(folder: Path) -> list[dict[str, Any]]:
     config = folder / "config.json"
     present = read_object(config).get("config_hash") if config.is_file() else None
 
+    def is_ours(row: dict[str, Any]) -> bool:
+        return present in (None, row["config_hash"])
+
     def parse(row: dict[str, Any]) -> dict[str, Any]:
         if row.keys() | {"seeded"} != _FIELDS.keys():
             raise ValueError(f"fields are {sorted(row)}; need {sorted(_FIELDS)}")
@@ -63,7 +66,7 @@ def read_throughput(folder: Path) -> list[dict[str, Any]]:
                 kind is bool
             ):
                 raise ValueError(f"{field} is {row[field]!r}; need {kind.__name__}")
-        if present not in (None, row["config_hash"]):
+        if not is_ours(row):
             return row
         key = (row["round"], row["batch_size"])
         if key in seen:
@@ -75,7 +78,7 @@ def read_throughput(folder: Path) -> list[dict[str, Any]]:
         return row
 
     rows = list(JsonLines(folder / THROUGHPUT).read(parse))
-    ours = [row for row in rows if present in (None, row["config_hash"])]
+    ours = list(filter(is_ours, rows))
     if len(ours) < len(rows):
         sys.stderr.write(
             f"{folder / THROUGHPUT}: {len(rows) - len(ours)} of {len(rows)} speeds are of other "

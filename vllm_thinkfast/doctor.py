@@ -181,7 +181,7 @@ def _check_compiler(found: Diagnosis) -> None:
     except Exception as error:
         reason = f"cannot be imported ({type(error).__name__}: {error})".splitlines()[0]
     fix = f"{sys.executable} -m pip install --upgrade numba"
-    if reason is None and any(compiled.find(name) is None for name in compiled.OPERATORS):
+    if reason is None and any(compiled.find(name) is None for name in OPERATORS):
         reason, fix = "does not compile the kernels", "see the warnings above"
     if reason is not None:
         found.problems.append(

@@ -172,7 +172,7 @@ class RecurrentDrafter:
         for i in new[-_NUM_PROMPTS:]:
             self._copy([slots[i]], [self._first_prompt + self._next_prompt])
             self._next_prompt = (self._next_prompt + 1) % _NUM_PROMPTS
-        others = [i for i, source in enumerate(sources) if not source and i not in set(new)]
+        others = [i for i, source in enumerate(sources) if not source and i not in new]
         leader_slots = [slots[leaders[texts[i][:-1].tobytes()]] for i in others]
         self._copy(leader_slots, [slots[i] for i in others])
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from lm_eval_tasks.analysis import Run, Settings, load_run
 from lm_eval_tasks.commands.reward import load_and_score
-from lm_eval_tasks.comparable import check_rewards, check_scored
+from lm_eval_tasks.comparable import check_rewards_by_task, check_scored
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.estimators import reported_ks
 from lm_eval_tasks.jsonl import write_atomically
@@ -27,7 +27,6 @@ from lm_eval_tasks.prm_study.evaluate import (
     conditions,
     study_run,
 )
-from lm_eval_tasks.provenance import read_reward
 from lm_eval_tasks.rewards.aggregation import AGGREGATIONS
 from lm_eval_tasks.rewards.phase import ScorePhase
 from lm_eval_tasks.rewards.scores import read_scores, reward_names
@@ -95,7 +94,8 @@ def run(options: argparse.Namespace) -> int:
 
         require_matplotlib()
     rewards = _rewards(options)
-    _check_rewards(options.runs, rewards)
+    for reward in rewards:
+        check_rewards_by_task(options.runs, reward)
     loaded = {str(folder): _load(folder, rewards) for folder in options.runs}
     runs = [load_run(folder, Settings()) for folder in options.runs]
     ks, k = _ks(options, loaded)
@@ -162,15 +162,6 @@ def _rewards(options: argparse.Namespace) -> list[str]:
         load_and_score(spec, phases, batch_size=64, command=options.command_line)
         names.append(spec.name)
     return list(dict.fromkeys(names))
-
-
-def _check_rewards(folders: Sequence[Path], rewards: Sequence[str]) -> None:
-    """Refuse scores of different reward models under one name in runs of one task."""
-    tasks = [SampleStore(folder).config()["task"] for folder in folders]
-    for reward in rewards:
-        for task in dict.fromkeys(tasks):
-            same = [folder for folder, one in zip(folders, tasks, strict=True) if one == task]
-            check_rewards([(folder, read_reward(folder, reward)) for folder in same])
 
 
 def _load(

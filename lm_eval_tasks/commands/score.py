@@ -9,18 +9,15 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_eval_tasks.comparable import check_rewards, check_scored
+from lm_eval_tasks.comparable import check_rewards_by_task, check_scored
 from lm_eval_tasks.early_stops import load_stopped, summary
 from lm_eval_tasks.errors import stop
 from lm_eval_tasks.estimators import mean_and_stderr, reported_ks
-from lm_eval_tasks.provenance import read_reward
 from lm_eval_tasks.rewards.aggregation import AGGREGATIONS
-from lm_eval_tasks.rewards.scores import reward_names
 from lm_eval_tasks.samples import SampleStore
 from lm_eval_tasks.scored import load_scored_run, rate_over_problems, say_unfinished
 from lm_eval_tasks.scoring import ProblemScore, grading_of, method_values
@@ -73,7 +70,7 @@ class RunScores:
 def run(options: argparse.Namespace) -> int:
     """Score the runs and print their tables."""
     if options.reward is not None:
-        _check_rewards(options.runs, options.reward)
+        check_rewards_by_task(options.runs, options.reward)
     results: list[RunScores | dict[str, Any]] = []
     for folder in options.runs:
         try:
@@ -100,17 +97,6 @@ def run(options: argparse.Namespace) -> int:
         )
     sys.stdout.write(text + "\n")
     return 0
-
-
-def _check_rewards(folders: Sequence[Path], reward: str) -> None:
-    """Refuse scores of different reward models under one name in runs of one task."""
-    of_task: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
-    for folder in folders:
-        if reward in reward_names(folder):  # else it is said where they are read
-            task = SampleStore(folder).config()["task"]
-            of_task.setdefault(task, []).append((folder, read_reward(folder, reward)))
-    for found in of_task.values():
-        check_rewards(found)
 
 
 def evaluate_run(

@@ -157,7 +157,8 @@ def run(options: argparse.Namespace, write: Say) -> int:
             _progress(f"thinkfast bench: roofline: {error}")
             return 1
         summary = report.summarise(found, models, settings)
-        text = json.dumps({**config, **summary}, indent=1)
+        operators = {"cpu_operators": environment.cpu_operators()}
+        text = json.dumps({**config, **operators, **summary}, indent=1)
         lines = list(report.render(summary, settings))
         write_atomically(options.out / "results.json", text + "\n")
         write_atomically(options.out / "report.txt", "\n".join(lines) + "\n")
@@ -180,7 +181,6 @@ def resolved_config(
         "settings": settings.as_dict(),
         "llm_options": settings.llm_options(),
         "versions": environment.versions("numba"),
-        "cpu_operators": environment.cpu_operators(),
         "git_commit": environment.git_commit(),
         "hardware": environment.hardware(),
         "environment": environment.environment_of_runs(settings),

@@ -12,6 +12,7 @@ import vllm_thinkfast
 from vllm_thinkfast import compat
 from vllm_thinkfast.bench.process import CACHE_VARIABLE
 from vllm_thinkfast.bench.settings import Settings, num_usable_cores
+from vllm_thinkfast.ops.backend import OPERATORS
 
 _PACKAGE = Path(vllm_thinkfast.__file__).parent
 _WITHOUT_EFFECT = ("cli.py", "doctor.py", "bench/report.py", "bench/figure.py")
@@ -64,7 +65,7 @@ def cpu_operators() -> dict[str, str]:
     # Late: `--dry-run` and `--help` do without torch and numba.
     from vllm_thinkfast.ops import compiled
 
-    return {name: compiled.implementation(name) for name in compiled.OPERATORS}
+    return {name: compiled.implementation(name) for name in OPERATORS}
 
 
 def git_commit() -> str:

@@ -30,9 +30,6 @@ FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 """How kernels are told the dtype of a cache."""
 
-OPERATORS = ("causal_conv", "discrete_ssd", "selective_scan")
-"""Those that there is a kernel for."""
-
 _PARALLEL = "GOMP_parallel"
 
 NUM_HEADER = 3
@@ -73,7 +70,7 @@ def find(operator: str) -> Kernel | None:
     Compiling takes some seconds the first time on a machine; numba keeps the result on disk.
 
     Args:
-        operator: a name of ``OPERATORS``.
+        operator: a name of ``backend.OPERATORS``.
     """
     parallel = _find_parallel()
     if parallel is None:

@@ -12,6 +12,7 @@ conv_kernel.
 import torch
 
 from vllm_thinkfast.ops import compiled
+from vllm_thinkfast.ops.backend import OPERATORS
 from vllm_thinkfast.ops.causal_conv.cpu import decode_compiled as convolve
 from vllm_thinkfast.ops.causal_conv.reference import Activation
 
@@ -20,7 +21,7 @@ def can_run(
     conv_state: torch.Tensor, ssm_state: torch.Tensor, *weights: torch.Tensor | None
 ) -> bool:
     """Whether these states and weights suit the functions here, and there are kernels."""
-    if any(compiled.find_for(operator, ssm_state) is None for operator in compiled.OPERATORS):
+    if any(compiled.find_for(operator, ssm_state) is None for operator in OPERATORS):
         return False
     return (
         conv_state.dtype == ssm_state.dtype == torch.float32

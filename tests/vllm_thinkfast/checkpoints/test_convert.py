@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,33 @@ def test_tokenizer_replaces_that_of_the_source(tokenizer: Path, tmp_path: Path) 
     assert {*of_tokenizer, *others} <= {path.name for path in (tmp_path / "plain").iterdir()}
 
 
+@pytest.fixture
+def refuse(
+    tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[[], None]:
+    """Converts: the command ends in one line, before any weight is written."""
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("weights were written")
+
+    def run() -> None:
+        src = write_checkpoint(tmp_path / "src", "llamba")
+        monkeypatch.setattr(convert, "save_file", never)
+        capsys.readouterr()
+        arguments = ["convert", str(src), str(tmp_path / "dst"), "--tokenizer", str(tokenizer)]
+        assert cli.main(arguments) == 2
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1
+        assert line.startswith(f"thinkfast convert: --tokenizer {tokenizer}: cannot be loaded: ")
+        assert "give a folder with tokenizer files or a hub name" in line
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["src", "tokenizer"]
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("file", "text"),
     [
@@ -309,22 +337,14 @@ def test_tokenizer_replaces_that_of_the_source(tokenizer: Path, tmp_path: Path) 
     ],
 )
 def test_tokenizer_that_cannot_be_read(
-    file: str,
-    text: str,
-    tokenizer: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    file: str, text: str, tokenizer: Path, refuse: Callable[[], None]
 ) -> None:
     (tokenizer / file).write_text(text)
-    refuse(tokenizer, tmp_path, monkeypatch, capsys)
+    refuse()
 
 
 def test_tokenizer_error_without_a_message(
-    tokenizer: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, refuse: Callable[[], None]
 ) -> None:
     from transformers import AutoTokenizer
 
@@ -332,27 +352,4 @@ def test_tokenizer_error_without_a_message(
         raise ValueError
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
-    refuse(tokenizer, tmp_path, monkeypatch, capsys)
-
-
-def refuse(
-    tokenizer: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """The command ends in one line, before any weight is written."""
-    src = write_checkpoint(tmp_path / "src", "llamba")
-
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("weights were written")
-
-    monkeypatch.setattr(convert, "save_file", never)
-    capsys.readouterr()
-    arguments = ["convert", str(src), str(tmp_path / "dst"), "--tokenizer", str(tokenizer)]
-    assert cli.main(arguments) == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1
-    assert line.startswith(f"thinkfast convert: --tokenizer {tokenizer}: cannot be loaded: ")
-    assert "give a folder with tokenizer files or a hub name" in line
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["src", "tokenizer"]
+    refuse()
