@@ -8,9 +8,9 @@ from vllm_thinkfast import compat
 from vllm_thinkfast.models.base import check_speculation
 
 
-def config(method: str) -> SimpleNamespace:
+def config(method: str, model: str | None = None) -> SimpleNamespace:
     return SimpleNamespace(
-        speculative_config=SimpleNamespace(method=method, draft_model_config=None),
+        speculative_config=SimpleNamespace(method=method, model=model, draft_model_config=None),
         model_config=SimpleNamespace(model="some/model"),
         kv_transfer_config=None,
     )
@@ -40,8 +40,13 @@ def test_version(
 
 def test_method(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "vllm_distribution", lambda: ("vllm", "0.32.0"))
-    with pytest.raises(ValueError, match=r"'medusa' was never run .* accepted: ngram and suffix"):
+    with pytest.raises(ValueError, match=r"'medusa' was never run .* accepted: ngram, suffix, and"):
         check_speculation(config("medusa"))
+    check_speculation(config("custom_class", "vllm_thinkfast.drafter.RecurrentDrafter"))
+    with pytest.raises(
+        ValueError, match=r"'custom_class' was never run .* accepted: ngram, suffix, and"
+    ):
+        check_speculation(config("custom_class", "somebody.OtherProposer"))
 
 
 def test_kv_connector(monkeypatch: pytest.MonkeyPatch) -> None:
