@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -25,6 +24,7 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 
 from vllm_thinkfast import compat, state_cache
+from vllm_thinkfast.layers.norm import RMSNorm
 from vllm_thinkfast.models.loading import load_house_tensors
 
 BlockFactory = Callable[[str], nn.Module]

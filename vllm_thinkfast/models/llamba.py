@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models.interfaces import (
     HasInnerState,
     IsAttentionFree,
@@ -19,6 +18,7 @@ from vllm.model_executor.models.llama import LlamaMLP
 
 from vllm_thinkfast.configs import LlambaConfig
 from vllm_thinkfast.layers.discrete_mamba2 import DiscreteMamba2Mixer
+from vllm_thinkfast.layers.norm import RMSNorm
 from vllm_thinkfast.models.base import RecurrentForCausalLM, RecurrentModel
 
 

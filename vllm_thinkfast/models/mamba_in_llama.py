@@ -12,7 +12,6 @@ from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models.interfaces import (
     HasInnerState,
     IsHybrid,
@@ -23,6 +22,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_thinkfast.configs import MambaInLlamaConfig
 from vllm_thinkfast.layers.mamba_in_llama import Mamba1Mixer, Mamba2Mixer
+from vllm_thinkfast.layers.norm import RMSNorm
 from vllm_thinkfast.models.base import RecurrentForCausalLM, RecurrentModel
 
 _MIXERS = {"mamba1": Mamba1Mixer, "mamba2": Mamba2Mixer}
@@ -104,6 +104,8 @@ class MambaInLlamaModel(RecurrentModel):
         def make_block(prefix: str) -> nn.Module:
             if extract_layer_index(prefix) in kept:
                 layer: nn.Module = LlamaDecoderLayer(vllm_config, prefix)
+                for name in ("input_layernorm", "post_attention_layernorm"):
+                    setattr(layer, name, RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
                 return layer
             return MambaInLlamaBlock(vllm_config, prefix)
 
