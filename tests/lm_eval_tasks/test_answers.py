@@ -144,10 +144,10 @@ def test_extract_answer(text: str, answer: str | None, source: str | None) -> No
 )
 def test_extract_answer_is_bounded_on_a_megabyte(unit: str) -> None:
     text = unit * (1_000_000 // len(unit))
-    start = time.monotonic()
+    start = time.process_time()
     extracted = extract_answer(text)
     normalise(text)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     assert len(extracted.answer or "") <= MAX_TEXT_CHARS
 
 

@@ -95,10 +95,10 @@ def test_extract_program(text: str, expected: tuple[str | None, str | None]) -> 
 
 
 def test_extraction_is_linear() -> None:
-    start = time.monotonic()
+    start = time.process_time()
     for text in ("```" * 300_000, "```\n" * 200_000, " " * 1_000_000, "def \n" * 200_000):
         extract_program(text)
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.parametrize("filler", ["a", " ", "\t", "`", "~", "`~", ".", "a "])
