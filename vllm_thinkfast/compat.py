@@ -516,30 +516,21 @@ def _explain_lack_of_memory(architectures: tuple[str, ...], module_name: str) ->
             for specs, available in zip(kv_cache_specs, available_memory, strict=True):
                 needed = sum(spec.max_memory_usage_bytes(vllm_config) for spec in specs.values())
                 if needed > available:
-                    length = vllm_config.model_config.max_model_len
-                    raise ValueError(lack_of_memory(needed, available, length)) from error
+                    from vllm_thinkfast.state_cache import lack_of_memory
+
+                    raise ValueError(
+                        lack_of_memory(
+                            needed,
+                            available,
+                            vllm_config.model_config.max_model_len,
+                            is_copied=vllm_config.cache_config.mamba_cache_mode == "align",
+                            num_drafts=getattr(vllm_config, "num_speculative_tokens", 0),
+                        )
+                    ) from error
             raise
 
     get_kv_cache_configs.thinkfast_original = configure  # type: ignore[attr-defined]
     _replace(module, get_kv_cache_configs, "vllm.v1.engine.core")
-
-
-def lack_of_memory(needed: int, available: int, max_model_len: int) -> str:
-    """The message for cache memory that does not hold one sequence.
-
-    Args:
-        needed: bytes of one sequence, as vLLM allocates it.
-        available: bytes.
-        max_model_len: tokens of that sequence.
-    """
-    return (
-        f"one sequence of max_model_len={max_model_len} tokens needs {needed / 2**20:.3f} MiB of "
-        f"cache (states and their copy for the prefix cache, keys and values), and "
-        f"{available / 2**20:.3f} MiB are available. Give more with --kv-cache-memory-bytes or "
-        "--gpu-memory-utilization (on a CPU: VLLM_CPU_KVCACHE_SPACE); "
-        "--no-enable-prefix-caching halves the states, and `thinkfast state-size` shows their "
-        "sizes."
-    )
 
 
 def register_cpu_seed_fix() -> None:

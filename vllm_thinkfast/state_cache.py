@@ -125,6 +125,34 @@ def check_alignment(shapes: StateShapes, dtypes: tuple[torch.dtype, ...]) -> Non
         offset += math.prod(shape) * dtype.itemsize
 
 
+def lack_of_memory(
+    needed: int, available: int, max_model_len: int, *, is_copied: bool, num_drafts: int
+) -> str:
+    """The message for cache memory that does not hold one sequence.
+
+    Args:
+        needed: bytes of one sequence, as vLLM allocates it.
+        available: bytes.
+        max_model_len: tokens of that sequence.
+        is_copied: vLLM keeps two states of a sequence, one of them for the prefix cache.
+        num_drafts: tokens that are drafted per step, each of which has a state.
+    """
+    states, fix = "its state", ""
+    if is_copied:
+        states = "its state and a copy for the prefix cache"
+        fix = "--no-enable-prefix-caching halves the states, and "
+    elif num_drafts:
+        states = f"its state and those after {num_drafts} drafted tokens"
+        fix = "fewer num_speculative_tokens need fewer states, and "
+    return (
+        f"one sequence of max_model_len={max_model_len} tokens needs {needed / 2**20:.3f} MiB of "
+        f"cache ({states}, and keys and values of attention layers), and "
+        f"{available / 2**20:.3f} MiB are available. Give more with --kv-cache-memory-bytes or "
+        "--gpu-memory-utilization (on a CPU: VLLM_CPU_KVCACHE_SPACE); "
+        f"{fix}`thinkfast state-size` shows their sizes."
+    )
+
+
 def state_copy_funcs() -> Any:
     """How vLLM copies (conv, ssm) and scales between cache blocks, for prefix caching."""
     from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator

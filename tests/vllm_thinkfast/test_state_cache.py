@@ -1,5 +1,6 @@
 """Shapes, bytes and tensor-parallel limits of the state, against the numbers of real models."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from vllm_thinkfast.state_cache import (
     bytes_per_sequence,
     check_alignment,
     check_tensor_parallel,
+    lack_of_memory,
     state_copy_funcs,
     state_dtypes,
     state_shapes,
@@ -99,3 +101,26 @@ def test_impossible_split() -> None:
         check_tensor_parallel(LLAMBA_3B, 3)
     with pytest.raises(ValueError, match=r"mamba_n_groups=8.*accepted below it: 1, 2, 4, 8"):
         check_tensor_parallel(MAMBA2_3B, 16)
+
+
+@pytest.mark.parametrize(
+    ("is_copied", "num_drafts", "says"),
+    [
+        (True, 0, "a copy for the prefix cache, and keys"),
+        (True, 0, "--no-enable-prefix-caching halves the states"),
+        (False, 3, "its state and those after 3 drafted tokens, and keys"),
+        (False, 3, "fewer num_speculative_tokens need fewer states"),
+        (
+            False,
+            0,
+            r"cache \(its state, and keys .*VLLM_CPU_KVCACHE_SPACE\); `thinkfast state-size`",
+        ),
+    ],
+)
+def test_lack_of_memory_names_a_fix_that_helps(is_copied: bool, num_drafts: int, says: str) -> None:
+    said = lack_of_memory(2**21, 2**20, 64, is_copied=is_copied, num_drafts=num_drafts)
+    assert "max_model_len=64 tokens needs 2.000 MiB" in said
+    assert "1.000 MiB are available" in said
+    assert re.search(says, said)
+    assert ("--no-enable-prefix-caching" in said) == is_copied
+    assert ("num_speculative_tokens" in said) == (num_drafts > 0)

@@ -24,8 +24,9 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 
 from vllm_thinkfast import compat, state_cache
-from vllm_thinkfast.layers.norm import RMSNorm
+from vllm_thinkfast.layers.norm import rms_norm
 from vllm_thinkfast.models.loading import load_house_tensors
+from vllm_thinkfast.models.stages import check_stages
 
 BlockFactory = Callable[[str], nn.Module]
 
@@ -79,9 +80,15 @@ class RecurrentModel(nn.Module):
         make_block: BlockFactory,
         final_norm_eps: float,
     ) -> None:
-        """Builds this pipeline stage's part of the stack."""
+        """Builds this pipeline stage's part of the stack.
+
+        Raises:
+            ValueError: a stage of the pipeline lacks layers that it needs.
+        """
         super().__init__()
         config = vllm_config.model_config.hf_config
+        kinds = getattr(config, "layers_block_type", ["mamba"] * config.num_hidden_layers)
+        check_stages(kinds, vllm_config.parallel_config.pipeline_parallel_size)
         pp_group = get_pp_group()
         if pp_group.is_first_rank or (config.tie_word_embeddings and pp_group.is_last_rank):
             self.embed_tokens = VocabParallelEmbedding(
@@ -96,7 +103,7 @@ class RecurrentModel(nn.Module):
             config.num_hidden_layers, make_block, prefix=f"{prefix}.layers"
         )
         if pp_group.is_last_rank:
-            self.norm = RMSNorm(config.hidden_size, eps=final_norm_eps)
+            self.norm = rms_norm(config.hidden_size, eps=final_norm_eps)
         else:
             self.norm = PPMissingLayer()
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(

@@ -18,7 +18,7 @@ from vllm.model_executor.models.llama import LlamaMLP
 
 from vllm_thinkfast.configs import LlambaConfig
 from vllm_thinkfast.layers.discrete_mamba2 import DiscreteMamba2Mixer
-from vllm_thinkfast.layers.norm import RMSNorm
+from vllm_thinkfast.layers.norm import rms_norm
 from vllm_thinkfast.models.base import RecurrentForCausalLM, RecurrentModel
 
 
@@ -29,9 +29,9 @@ class LlambaBlock(nn.Module):
         """Allocates the weights of one block."""
         super().__init__()
         config: LlambaConfig = vllm_config.model_config.hf_config
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = rms_norm(config.hidden_size, eps=config.rms_norm_eps)
         self.mixer = DiscreteMamba2Mixer(config, vllm_config, prefix=f"{prefix}.mixer")
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = rms_norm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = LlamaMLP(
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.models.interfaces import (
     HasInnerState,
     IsHybrid,
@@ -22,35 +21,10 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_thinkfast.configs import MambaInLlamaConfig
 from vllm_thinkfast.layers.mamba_in_llama import Mamba1Mixer, Mamba2Mixer
-from vllm_thinkfast.layers.norm import RMSNorm
+from vllm_thinkfast.layers.norm import rms_norm
 from vllm_thinkfast.models.base import RecurrentForCausalLM, RecurrentModel
 
 _MIXERS = {"mamba1": Mamba1Mixer, "mamba2": Mamba2Mixer}
-
-
-def check_stages(config: MambaInLlamaConfig, num_stages: int) -> None:
-    """Raises ValueError for a pipeline stage without an attention or without a mamba layer.
-
-    vLLM 0.32 wants equal cache layouts of all stages, and where a stage has no mamba layer it fails
-    at the first request with a KeyError.
-    """
-    kinds = config.layers_block_type
-    if len(set(kinds)) == 1:
-        return
-    for stage in range(num_stages):
-        start, end = get_pp_indices(len(kinds), stage, num_stages)
-        if start == end:
-            raise ValueError(
-                f"pipeline_parallel_size={num_stages}: stage {stage} would have no layer of the "
-                f"{len(kinds)}; use fewer stages."
-            )
-        absent = sorted({"attention", "mamba"} - set(kinds[start:end]))
-        if absent:
-            raise ValueError(
-                f"pipeline_parallel_size={num_stages}: stage {stage} would have the layers {start} "
-                f"to {end - 1} and no {absent[0]} layer; every stage of a hybrid needs one. Use "
-                "fewer stages, or other borders (VLLM_PP_LAYER_PARTITION)."
-            )
 
 
 class MambaInLlamaBlock(nn.Module):
@@ -62,9 +36,9 @@ class MambaInLlamaBlock(nn.Module):
         config: MambaInLlamaConfig = vllm_config.model_config.hf_config
         # Mamba blocks take their eps from mamba_config.json, attention blocks from config.json.
         eps = config.mamba_rms_norm_eps
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=eps)
+        self.input_layernorm = rms_norm(config.hidden_size, eps=eps)
         self.mamba = _MIXERS[config.mamba_version](config, vllm_config, prefix=f"{prefix}.mamba")
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=eps)
+        self.post_attention_layernorm = rms_norm(config.hidden_size, eps=eps)
         self.mlp = LlamaMLP(
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
@@ -99,13 +73,12 @@ class MambaInLlamaModel(RecurrentModel):
         """vLLM's constructor signature; the compile decorator wants it on this class."""
         config: MambaInLlamaConfig = vllm_config.model_config.hf_config
         kept = set(config.attention_layers)
-        check_stages(config, vllm_config.parallel_config.pipeline_parallel_size)
 
         def make_block(prefix: str) -> nn.Module:
             if extract_layer_index(prefix) in kept:
                 layer: nn.Module = LlamaDecoderLayer(vllm_config, prefix)
                 for name in ("input_layernorm", "post_attention_layernorm"):
-                    setattr(layer, name, RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
+                    setattr(layer, name, rms_norm(config.hidden_size, eps=config.rms_norm_eps))
                 return layer
             return MambaInLlamaBlock(vllm_config, prefix)
 

@@ -215,3 +215,5 @@ def test_impossible_memory(engine: worker.Engine, folder: Path, stated: BytesPer
             core.get_kv_cache_configs(engine.config, [dict(specs)], [available], *more)
         assert f"needs {needed / 2**20:.3f} MiB" in str(caught.value)
         assert f"{available / 2**20:.3f} MiB are available" in str(caught.value)
+        is_copied = engine.config.cache_config.mamba_cache_mode == "align"
+        assert ("--no-enable-prefix-caching halves" in str(caught.value)) == is_copied

@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.layernorm import RMSNorm as VllmRMSNorm
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.layernorm import RMSNorm
 
 from tests.reference.published_models import reference_greedy
+from tests.reference.random_checkpoints import write_checkpoint
 from tests.tolerances import assert_close
 from tests.vllm_thinkfast.models.engines import EnginePool, greedy
-from vllm_thinkfast.layers.norm import RMSNorm
+from vllm_thinkfast.layers import norm
+from vllm_thinkfast.layers.norm import CpuRMSNorm, rms_norm
 
 EPS = 1e-5
 
@@ -23,8 +26,9 @@ def _config() -> Iterator[None]:
         yield
 
 
-def _layer(width: int, dtype: torch.dtype) -> RMSNorm:
-    layer = RMSNorm(width, eps=EPS, dtype=dtype)
+def _layer(width: int, dtype: torch.dtype) -> CpuRMSNorm:
+    layer = rms_norm(width, eps=EPS, dtype=dtype)
+    assert isinstance(layer, CpuRMSNorm)
     layer.weight.data.copy_(torch.randn(width))
     return layer
 
@@ -63,19 +67,46 @@ def test_rows_do_not_depend_on_others() -> None:
     assert torch.equal(added, torch.cat([a for _, a in alone]))
 
 
-def _refuse(self: VllmRMSNorm, *arguments: torch.Tensor) -> None:
+def _refuse(self: RMSNorm, *arguments: torch.Tensor) -> None:
     raise AssertionError("the torch form was called")
 
 
 def test_what_does_not_suit_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(VllmRMSNorm, "forward_native", _refuse)
+    monkeypatch.setattr(RMSNorm, "forward_native", _refuse)
     layer = _layer(32, torch.float32)
-    layer.forward_cpu(torch.randn(3, 32))
-    for x in (torch.randn(3, 32).bfloat16(), torch.randn(3, 64)[:, :32]):
+    x, wide = torch.randn(3, 32), torch.randn(3, 64)
+    layer.forward_cpu(x)
+    layer.forward_cpu(x, wide[:, :32].contiguous())
+    before = wide.clone()
+    for arguments in ((x.bfloat16(),), (wide[:, :32],), (x, wide[:, :32]), (x, x.bfloat16())):
         with pytest.raises(AssertionError, match="torch form"):
-            layer.forward_cpu(x)
+            layer.forward_cpu(*arguments)
+    assert torch.equal(wide, before)
     with pytest.raises(AssertionError, match="torch form"):
         _layer(24, torch.float32).forward_cpu(torch.randn(3, 24))
+
+
+def test_without_a_kernel_of_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on ARM processors without bfloat16, whose build says that it is not implemented."""
+    assert norm._has_kernel(torch.bfloat16)
+    assert not norm._has_kernel(torch.float64)
+    monkeypatch.setattr(norm, "_has_kernel", lambda dtype: False)
+    layer, x = _layer(32, torch.float32), torch.randn(3, 32)
+    assert_close(layer.forward_cpu(x), _expected(x, layer.weight), "operator")
+    monkeypatch.setattr(RMSNorm, "forward_native", _refuse)
+    with pytest.raises(AssertionError, match="torch form"):
+        layer.forward_cpu(x)
+
+
+def test_another_plugins_layer_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Theirs(RMSNorm):
+        pass
+
+    monkeypatch.setitem(op_registry_oot, "RMSNorm", Theirs)
+    layer = rms_norm(32, eps=EPS)
+    assert type(layer) is Theirs
+    assert layer.weight.shape == (32,)
+    assert layer.variance_epsilon == EPS
 
 
 @pytest.mark.engine
@@ -84,6 +115,20 @@ def test_every_norm_of_a_model(
 ) -> None:
     """Those of a hybrid's attention layers too."""
     llm = engines.get(family_folder)
-    monkeypatch.setattr(VllmRMSNorm, "forward_native", _refuse)
+    monkeypatch.setattr(RMSNorm, "forward_native", _refuse)
     prompt = [3, 14, 15]
     assert greedy(llm, [prompt], 4)[0] == reference_greedy(family_folder, prompt, 4)
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_in_a_compiled_model(
+    tmp_path: Path, engines: EnginePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where custom_ops asks for the kernel; by default the norm is left to the compiler."""
+    folder = write_checkpoint(tmp_path / "ckpt", "llamba", seed=11)
+    monkeypatch.setattr(RMSNorm, "forward_native", _refuse)
+    compilation = {"custom_ops": ["none", "+rms_norm"]}
+    llm = engines.get(folder, enforce_eager=False, compilation_config=compilation)
+    prompt = [3, 14, 15]
+    assert greedy(llm, [prompt], 4)[0] == reference_greedy(folder, prompt, 4)

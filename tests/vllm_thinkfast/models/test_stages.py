@@ -1,14 +1,17 @@
-"""Which pipeline stages a hybrid may have."""
+"""Which pipeline stages a model may have."""
+
+from types import SimpleNamespace
 
 import pytest
 
-from vllm_thinkfast.configs import MambaInLlamaConfig
-from vllm_thinkfast.models import mamba_in_llama
-from vllm_thinkfast.models.mamba_in_llama import check_stages
+from vllm_thinkfast.configs import LlambaConfig, MambaInLlamaConfig
+from vllm_thinkfast.models import stages
+from vllm_thinkfast.models.base import RecurrentModel
+from vllm_thinkfast.models.stages import check_stages
 
 
-def hybrid(num_layers: int, attention_layers: list[int]) -> MambaInLlamaConfig:
-    return MambaInLlamaConfig(
+def hybrid(num_layers: int, attention_layers: list[int]) -> list[str]:
+    config = MambaInLlamaConfig(
         hidden_size=64,
         num_attention_heads=4,
         mamba_num_heads=4,
@@ -17,6 +20,7 @@ def hybrid(num_layers: int, attention_layers: list[int]) -> MambaInLlamaConfig:
         num_hidden_layers=num_layers,
         attention_layers=attention_layers,
     )
+    return config.layers_block_type
 
 
 @pytest.mark.parametrize(
@@ -54,7 +58,19 @@ def test_refused(
 def test_other_borders(monkeypatch: pytest.MonkeyPatch) -> None:
     # As VLLM_PP_LAYER_PARTITION=3,1 says it, which vLLM reads once per process.
     monkeypatch.setattr(
-        mamba_in_llama, "get_pp_indices", lambda layers, stage, stages: ((0, 3), (3, 4))[stage]
+        stages, "get_pp_indices", lambda layers, stage, stages: ((0, 3), (3, 4))[stage]
     )
     with pytest.raises(ValueError, match="stage 1 would have the layers 3 to 3"):
         check_stages(hybrid(4, [0, 3]), 2)
+
+
+def test_a_llamba_is_asked_too() -> None:
+    config = LlambaConfig(hidden_size=64, num_heads=4, n_groups=4, num_hidden_layers=2)
+    vllm_config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=config),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=3),
+    )
+    with pytest.raises(
+        ValueError, match=r"stage \d would have no layer of the 2; use fewer stages"
+    ):
+        RecurrentModel(vllm_config, "model", lambda prefix: pytest.fail(prefix), 1e-5)
