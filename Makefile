@@ -20,7 +20,7 @@ export PIP_ARGS
 PACKAGES := vllm_thinkfast lm_eval_tasks thinkfast_distill
 SOURCES := vllm_thinkfast lm_eval_tasks distill tests scripts demo integrations
 BIN := .venv/bin
-PARALLEL := $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadgroup)
+PARALLEL := $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile)
 
 .PHONY: install demo test check format lock clean tiny tiny-study paper
 

@@ -1,4 +1,4 @@
-"""Settings of the whole suite, its option ``--compatibility``, and how processes divide it.
+"""Settings of the whole suite, made before torch is imported, and its option ``--compatibility``.
 
 One thread: the models here are tiny, and two OpenMP threads that wait for each other cost several
 times the work itself as soon as anything else runs on the machine.
@@ -14,9 +14,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-MODEL_FIXTURES = ("family", "family_folder", "folder", "golden")
-"""Parameters of these keep an engine of theirs while tests ask for it."""
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     compatibility.add_option(parser)
@@ -24,20 +21,3 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     compatibility.configure(config)
-
-
-# First, because xdist reads the groups in the same hook.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Which tests stay together with ``-n``: a file, or those that share engines of a model."""
-    if hasattr(config, "workerinput"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(_group(item)))
-
-
-def _group(item: pytest.Item) -> str:
-    if "engines" not in getattr(item, "fixturenames", ()):
-        return f"{item.path.parent.name}.{item.path.stem}"
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    models = [str(parameters[name]) for name in MODEL_FIXTURES if name in parameters]
-    return ".".join([item.path.parent.name, "engines", *models])
