@@ -157,6 +157,7 @@ class Run:
         key = f"machine-{fingerprint([self._base, round_number])}"
         stored = self.results.get(key)
         if stored is None:
+            self._make_room()
             self.say(f"round {round_number + 1}: measuring bandwidth and operations per second")
             worker = self._start(self.settings, self.logs / "roofline")
             with contextlib.closing(worker):
@@ -165,14 +166,18 @@ class Run:
             self.results.add(key, stored)
         return stored
 
+    def _make_room(self) -> None:
+        """Before something that may need the whole memory."""
+        if self.settings.engines == "one-by-one":
+            for name in list(self._workers):
+                self._workers.pop(name).close()
+            self._warm.clear()
+
     def _worker(self, model: Model) -> Worker:
         """The engine of a model; starts it if it does not run."""
         if model.name in self._workers:
             return self._workers[model.name]
-        if self.settings.engines == "one-by-one":
-            for name in list(self._workers):
-                self._workers.pop(name).close()
-                self._warm.clear()
+        self._make_room()
         self.say(f"{model.name}: starting vLLM")
         worker = self._start(self.settings, self.logs / f"{model.name}.log")
         facts = worker.ask(

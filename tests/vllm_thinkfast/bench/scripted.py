@@ -60,6 +60,7 @@ class Stage:
         self.calls: list[str] = []
         self.alive: set[str] = set()
         self.most_alive = 0
+        self.alive_at_roofline: list[int] = []
         self.failing = failing
         self.broken = broken
         self.num_measured = 0
@@ -80,6 +81,7 @@ class _Scripted:
     def ask(self, do: str, **arguments: Any) -> Any:
         stage = self.stage
         if do == "roofline":
+            stage.alive_at_roofline.append(len(stage.alive))
             if "roofline" in stage.failing:
                 raise WorkerError("no memory")
             return dict(MACHINE)

@@ -41,6 +41,7 @@ def test_together_alternates(tmp_path: Path) -> None:
     assert stage.calls.count("warm_up llama 4") == 1
     assert stage.alive == set()
     assert len(found.machines) == 2
+    assert stage.alive_at_roofline == [0, 2]
     assert {key: len(rows) for key, rows in found.cells.items()} == {
         (model, cell): 2 for model in ("llama", "llamba") for cell in ("1 x 8+4", "4 x 8+4")
     }
@@ -51,6 +52,7 @@ def test_one_by_one(tmp_path: Path) -> None:
     stage = Stage()
     measure(tmp_path, stage, settings(engines="one-by-one"))
     assert stage.most_alive == 1
+    assert stage.alive_at_roofline == [0, 0]
     assert stage.measured == [
         "measure llama 1",
         "measure llama 4",
