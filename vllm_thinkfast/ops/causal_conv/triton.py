@@ -16,8 +16,12 @@ _BLOCK_C = 128
 _TAIL_CHANNELS = 256
 """Channels per program where one program handles a whole tail of K - 1 inputs."""
 
+_VARIES = ("T", "S", "search_steps")
+"""Arguments of a prefill that are others in every step, as is where ``state_indices`` begins in
+vLLM's table: Triton would compile variants of the kernel for special values while serving."""
 
-@triton.jit
+
+@triton.jit(do_not_specialize=_VARIES, do_not_specialize_on_alignment=("state_indices_ptr",))
 def _prefill_kernel(
     u_ptr, weight_ptr, bias_ptr, state_ptr, state_indices_ptr, has_initial_ptr, cu_seqlens_ptr,
     y_ptr,
@@ -80,7 +84,7 @@ def _prefill_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("state_indices_ptr",))
 def _store_tail_kernel(
     u_ptr, state_ptr, state_indices_ptr, has_initial_ptr, cu_seqlens_ptr,
     C,
