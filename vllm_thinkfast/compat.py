@@ -1,9 +1,10 @@
 """The vLLM this plugin runs on: accepted versions, names that moved, and every patch.
 
-The only file, with ``scheduler_patches.py`` and ``cpu_patches.py``, that compares versions or
-touches vLLM names that are private or moved between releases. Each function that changes something
-in vLLM says why, where upstream could solve it, and when it can go; ``docs/design/patches.md``
-lists them. A wrapper hands on arguments that it does not know: later versions of vLLM add some.
+The only file, with ``scheduler_patches.py``, ``cpu_patches.py`` and ``cuda_patches.py``, that
+compares versions or touches vLLM names that are private or moved between releases. Each function
+that changes something in vLLM says why, where upstream could solve it, and when it can go;
+``docs/design/patches.md`` lists them. A wrapper hands on arguments that it does not know: later
+versions of vLLM add some.
 
 The ``register_*`` functions import nothing of vLLM: what they change is changed as soon as its
 module is imported, which may be now, later or never in this process.

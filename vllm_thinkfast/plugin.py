@@ -33,7 +33,7 @@ def register() -> None:
     global _registered
     if _registered:
         return
-    from vllm_thinkfast import compat, cpu_patches, scheduler_patches
+    from vllm_thinkfast import compat, cpu_patches, cuda_patches, scheduler_patches
     from vllm_thinkfast.import_hooks import when_imported
 
     _check_version()
@@ -47,6 +47,7 @@ def register() -> None:
     scheduler_patches.register_scheduler_patches(architectures)
     compat.register_memory_message(architectures)
     compat.register_cpu_seed_fix()
+    cuda_patches.register_prompt_dispatch_fix(architectures)
     cpu_patches.register_llvmlite_fix()
     cpu_patches.register_draft_sampling_fix()
     _registered = True

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
-from vllm_thinkfast import compat, state_cache
+from vllm_thinkfast import compat, cuda_patches, envs, state_cache
 from vllm_thinkfast.layers.sharded import ShortConv
 from vllm_thinkfast.ops import compiled, fused_decode
 from vllm_thinkfast.ops.backend import choose_backend, load_operator
@@ -83,6 +83,11 @@ class RecurrentMixer(MambaBase, nn.Module):
         self.num_tokens_in = torch.empty(0, dtype=torch.int32)
         self.slots_of = torch.empty(0, 1 + vllm_config.num_speculative_tokens, dtype=torch.long)
         compilation_config = vllm_config.compilation_config
+        if self.backend == "reference" and cuda_patches.has_graphs(vllm_config):
+            raise ValueError(
+                f"{envs.OPS_BACKEND}=reference reads lengths on the host, which CUDA graphs "
+                "cannot; add --enforce-eager."
+            )
         if prefix in compilation_config.static_forward_context:
             raise ValueError(f"duplicate layer name: {prefix}")
         compilation_config.static_forward_context[prefix] = self
@@ -154,10 +159,12 @@ class RecurrentMixer(MambaBase, nn.Module):
 
     def run(self, projected: torch.Tensor, dt: torch.Tensor, output: torch.Tensor) -> None:
         """Body of the custom op: fills ``output`` [T, mixer width] and updates the state."""
-        metadata = get_forward_context().attn_metadata
-        if metadata is None:  # vLLM's memory profiling run: no cache exists yet
+        by_layer = get_forward_context().attn_metadata
+        # vLLM's memory profiling, without a cache yet, gives no metadata at all; its tuning of
+        # FlashInfer's kernels gives them to attention layers alone.
+        metadata = None if by_layer is None else by_layer.get(self.prefix)
+        if metadata is None:
             return
-        metadata = metadata[self.prefix]
         num_decode = metadata.num_decode_tokens
         num_tokens = num_decode + metadata.num_prefill_tokens
         if self.is_speculating:
@@ -334,7 +341,7 @@ def _thinkfast_mixer_fake(
 
 direct_register_custom_op(
     op_name=OP_NAME,
-    op_func=_thinkfast_mixer,
+    op_func=cuda_patches.outside_of_graphs(_thinkfast_mixer),
     mutates_args=["output"],
     fake_impl=_thinkfast_mixer_fake,
 )
