@@ -26,7 +26,8 @@ def register_prompt_dispatch_fix(architectures: tuple[str, ...]) -> None:
     Why: vLLM tells uniform decodes by the numbers of tokens alone. A step of prompts of one token,
     or of 1 + k with k drafted ones, replays the whole-decode graph, while the batch's metadata says
     prefill and does not renew the slots that the graph reads: the prompt's state is never written,
-    and those of sequences of earlier steps may be (vllm-project/vllm#57720, #53051).
+    and those of sequences of earlier steps may be (vllm-project/vllm#57720, #53051). The last token
+    of a longer prompt alone would be safe since #42430, but not every accepted version has that.
     Remove when: the oldest accepted vLLM asks for more than numbers of tokens, as #53059 does, or
     has no V1 runner.
     """
@@ -76,11 +77,16 @@ def outside_of_graphs(op: F) -> F:
     """``op``, run between the pieces of a breakable CUDA graph, as vLLM's own mixers are.
 
     Only for VLLM_USE_BREAKABLE_CUDAGRAPH=1, where pieces are not made by the compiler at
-    ``splitting_ops``: without this, an op would be captured into one with the metadata of a dummy
-    batch. Otherwise, and in a vLLM without such graphs, it is ``op`` itself.
+    ``splitting_ops``: without this, a piece would hold what an op does for a dummy batch. Otherwise
+    it changes nothing, and in a vLLM without such graphs it returns ``op`` itself.
     """
     if importlib.util.find_spec(_BREAKABLE) is None:
         return op
-    module = importlib.import_module(_BREAKABLE)
-    decorated: F = module.eager_break_during_capture(op)
+    decorate = getattr(importlib.import_module(_BREAKABLE), "eager_break_during_capture", None)
+    if decorate is None:
+        compat.log_missing(
+            "eager_break_during_capture", "VLLM_USE_BREAKABLE_CUDAGRAPH=1 would give wrong texts"
+        )
+        return op
+    decorated: F = decorate(op)
     return decorated

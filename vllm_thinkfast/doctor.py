@@ -155,6 +155,13 @@ def _check_torch(found: Diagnosis) -> None:
                 f"unset {envs.OPS_BACKEND}",
             )
         )
+    if backend == "reference" and found.device == "cuda":
+        found.problems.append(
+            Problem(
+                f"{envs.OPS_BACKEND}=reference does not run in CUDA graphs, which are the default",
+                f"unset {envs.OPS_BACKEND}, or serve with --enforce-eager",
+            )
+        )
     if backend == "cpu":
         _check_compiler(found)
     for operator in OPERATORS:

@@ -218,6 +218,16 @@ def test_triton_without_a_gpu(
     assert problem.fix == "unset VLLM_THINKFAST_OPS_BACKEND"
 
 
+def test_reference_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, only_problem: Callable[[], doctor.Problem]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("VLLM_THINKFAST_OPS_BACKEND", "reference")
+    problem = only_problem()
+    assert "VLLM_THINKFAST_OPS_BACKEND=reference" in problem.what
+    assert problem.fix == "unset VLLM_THINKFAST_OPS_BACKEND, or serve with --enforce-eager"
+
+
 def test_cuda_uses_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton has no wheel for this machine")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

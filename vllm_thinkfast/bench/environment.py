@@ -18,6 +18,13 @@ _PACKAGE = Path(vllm_thinkfast.__file__).parent
 _WITHOUT_EFFECT = ("cli.py", "doctor.py", "bench/report.py", "bench/figure.py")
 """Sources that can change without changing a measurement."""
 _SECRETS = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD")
+_OTHERS = (
+    "LD_PRELOAD",
+    "CUDA_VISIBLE_DEVICES",
+    "NVIDIA_TF32_OVERRIDE",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)
 
 
 def versions(*more: str) -> dict[str, str]:
@@ -89,7 +96,8 @@ def code_hash() -> str:
 def environment_of_runs(settings: Settings) -> dict[str, str]:
     """vLLM's and our own environment variables, which the engines see; without secrets.
 
-    Preloaded libraries are among them: vLLM advises an allocator and an OpenMP for CPUs.
+    And others that decide how fast an engine is: preloaded libraries (vLLM advises an allocator and
+    an OpenMP for CPUs), which GPU it gets, torch's allocator there and reduced float32 products.
 
     Args:
         settings: of the run.
@@ -97,7 +105,7 @@ def environment_of_runs(settings: Settings) -> dict[str, str]:
     found = {
         name: value
         for name, value in sorted(os.environ.items())
-        if name == "LD_PRELOAD" or (name.startswith("VLLM_") and not name.endswith(_SECRETS))
+        if name in _OTHERS or (name.startswith("VLLM_") and not name.endswith(_SECRETS))
     }
     if settings.kv_cache_bytes is not None:
         found.pop(CACHE_VARIABLE, None)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-_ARRAY_BYTES = {"cpu": 2**28, "cuda": 2**31}
+_ARRAY_BYTES = {"cpu": 2**28, "cuda": 2**29}
 """Of each of three arrays."""
 _MATRIX = {"cpu": 1536, "cuda": 8192}
 _SECONDS = 1.0

@@ -124,6 +124,9 @@ class Settings:
         }
         if self.kv_cache_bytes is not None:
             options["kv_cache_memory_bytes"] = self.kv_cache_bytes
+            # On a GPU vLLM still asks whether this part of the device is free, which it is not for
+            # the second of several engines. With the cache's size given nothing else depends on it.
+            options["gpu_memory_utilization"] = 0.01
         return options | self.engine_options
 
     def as_dict(self) -> dict[str, Any]:

@@ -79,8 +79,10 @@ def test_command_line_is_light() -> None:
 def test_environment_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     found = environment.environment_of_runs(settings(kv_cache_bytes=None))
     assert "VLLM_API_KEY" not in found
+    assert found["CUDA_VISIBLE_DEVICES"] == "1"
     assert found["VLLM_CPU_KVCACHE_SPACE"] == "3"
 
 

@@ -79,10 +79,18 @@ def test_refused_engine_options(text: str, message: str) -> None:
 
 
 def test_options_with_a_flag_are_no_engine_options() -> None:
-    """Whatever the bench hands to vLLM by itself, but for its tokenizer."""
-    for name in settings().llm_options().keys() - {"skip_tokenizer_init"}:
+    """Whatever the bench hands to vLLM by itself, but for its tokenizer and a default."""
+    for name in settings().llm_options().keys() - {"skip_tokenizer_init", "gpu_memory_utilization"}:
         with pytest.raises(ValueError, match=rf"--engine-options: {name}: leave it out"):
             parse_engine_options(f'{{"{name}": null}}')
+
+
+def test_engines_with_a_given_cache_share_a_gpu() -> None:
+    """vLLM refuses to start where less than this part of the device is free."""
+    assert settings().llm_options()["gpu_memory_utilization"] == 0.01
+    assert "gpu_memory_utilization" not in settings(kv_cache_bytes=None).llm_options()
+    by_user = settings(engine_options={"gpu_memory_utilization": 0.5})
+    assert by_user.llm_options()["gpu_memory_utilization"] == 0.5
 
 
 def test_find_models(tmp_path: Path) -> None:

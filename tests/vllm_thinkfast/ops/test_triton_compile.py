@@ -25,15 +25,16 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces th
 
 
 def compiled(kernel, args, options, target):
-    """Compiles a recorded launch: types from the arguments, None and 1 as constants."""
+    """Compiles a recorded launch: types from the arguments, None and special 1s as constants."""
     signature, constants = {}, {}
     given = dict(zip(kernel.arg_names, args, strict=False))
     for parameter in kernel.params:
         name = parameter.name
         value = given.get(name, options.get(name))
+        is_special = not parameter.do_not_specialize
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + NAMES[value.dtype]
-        elif parameter.is_constexpr or value is None or value == 1:
+        elif parameter.is_constexpr or value is None or (value == 1 and is_special):
             signature[name] = "constexpr"
             constants[name] = value
         else:

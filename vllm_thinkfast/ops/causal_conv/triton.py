@@ -18,7 +18,9 @@ _TAIL_CHANNELS = 256
 
 _VARIES = ("T", "S", "search_steps")
 """Arguments of a prefill that are others in every step, as is where ``state_indices`` begins in
-vLLM's table: Triton would compile variants of the kernel for special values while serving."""
+vLLM's table: Triton would compile variants of the kernel for special values while serving. Where
+``u`` begins is left to it, for wide loads: rows of a width that is no multiple of 16 bytes cost one
+more variant."""
 
 
 @triton.jit(do_not_specialize=_VARIES, do_not_specialize_on_alignment=("state_indices_ptr",))
