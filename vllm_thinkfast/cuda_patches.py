@@ -47,11 +47,13 @@ def _look_for_prompts(architectures: tuple[str, ...]) -> None:
     if hasattr(original, "thinkfast_original"):
         return
 
+    ours = frozenset(architectures)
+
     @functools.wraps(original)
     def determine(self: Any, *args: Any, **named: Any) -> Any:
         # Runs without requests, such as those that capture graphs, say what they are.
         is_asked = named.get("force_uniform_decode") is None
-        if is_asked and not set(architectures).isdisjoint(self.model_config.architectures):
+        if is_asked and not ours.isdisjoint(self.model_config.architectures):
             num_seqs = named["num_reqs"] if "num_reqs" in named else args[1]
             batch = self.input_batch
             num_done = batch.num_computed_tokens_cpu[:num_seqs]
